@@ -71,14 +71,6 @@ def generate(
     tokens = _checked_prompt(model, tokenizer, prompt, max_new_tokens, prefill_tokens)
     ends = _end_tokens(model, tokenizer)
     streamer = _Streamer(tokenizer, on_text or (lambda text: None))
-    chosen = {"do_sample": False}
-    if sampling.temperature > 0:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
     input_ids = torch.tensor([tokens], device=model.device)
     with _evaluating(model), _seeded(sampling.seed, model.device):
         model.generate(
@@ -91,7 +83,7 @@ def generate(
             if tokenizer.pad_token_id is not None
             else (ends or [0])[0],
             streamer=streamer,
-            **chosen,
+            **_choice(sampling),
         )
     new = streamer.tokens
     return Generation(
@@ -128,6 +120,14 @@ def _checked_prompt(
             "trained for longer contexts"
         )
     return tokens
+
+
+def _choice(sampling: Sampling) -> dict:
+    """The same choice in transformers' words."""
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    temperature, top_p = float(sampling.temperature), float(sampling.top_p)
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 def _end_tokens(model, tokenizer) -> list[int]:
