@@ -1,0 +1,1 @@
+"""Mechanisms, shaped by papers: one file each, the same headings in the same order."""
