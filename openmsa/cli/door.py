@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"openmsa.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"openmsa {verb}",
-        description=module.DESCRIPTION,
+        description=textwrap.fill(module.DESCRIPTION, 90),
         epilog=f"example:\n  {module.EXAMPLE}",
         formatter_class=_Help,
         allow_abbrev=False,
@@ -91,5 +92,11 @@ def _refuse(verb: str, message: str, code: int) -> int:
     return code
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Line breaks of the example kept, defaults shown."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The example keeps its line breaks; a default is shown where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        if silent or action.default == argparse.SUPPRESS or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"

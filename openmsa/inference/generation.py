@@ -116,7 +116,7 @@ def _checked_prompt(
     if limit is not None and len(tokens) + max_new_tokens > limit:
         raise ValueError(
             f"the prompt has {len(tokens)} tokens and {max_new_tokens} are to follow, but this "
-            f"model has {limit} positions; shorten the prompt, ask for fewer tokens, or use a model "
+            f"model has {limit} positions; shorten the prompt, ask for fewer tokens, or use one "
             "trained for longer contexts"
         )
     return tokens
