@@ -1,0 +1,168 @@
+"""Run a recipe: each phase once, resumed where it was left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from openmsa.training.checkpoints import damage, last_whole_checkpoint, save_whole, write_json
+from openmsa.training.data import Mixture
+from openmsa.training.phases import Phase, Recipe
+from openmsa.training.trainer import MSATrainer, Probe, training_arguments
+
+Say = Callable[[str], None]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    model,
+    tokenizer,
+    out: str | Path,
+    probe: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+    probe_every: int = 50,
+    callbacks: tuple = (),
+    say: Say = print,
+):
+    """Train `model` by `recipe` in the folder `out` and return the trained model.
+
+    Every phase has a folder `<number>-<name>` with its checkpoints and, when done, its model.
+    Called again after an interruption, finished phases are loaded and the unfinished one goes on
+    from its last whole checkpoint: the weights come out bit for bit as without the interruption.
+    probe: measures the model every `probe_every` steps; what it returns is logged.
+    Raises ValueError if `out` holds another recipe, or if the model and a phase do not fit.
+    """
+    out = Path(out)
+    _check(recipe, model, tokenizer)
+    _claim(out, recipe, model, say)
+    for number, phase in enumerate(recipe.phases):
+        folder = out / f"{number}-{phase.name}"
+        if (folder / "history.json").exists() and damage(folder / "model") is None:
+            say(f"phase {phase.name}: already done")
+            model = type(model).from_pretrained(folder / "model")
+            continue
+        model = _run_phase(
+            recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say
+        )
+    return model
+
+
+def history(out: str | Path) -> list[dict]:
+    """All logged lines of a run in their order, each with its phase, step and tokens seen."""
+    out = Path(out)
+    recipe = json.loads((out / "recipe.json").read_text())
+    lines, before = [], 0
+    for number, phase in enumerate(recipe["phases"]):
+        per_step = phase["seq_len"] * phase["batch_size"] * phase["accumulate"]
+        path = out / f"{number}-{phase['name']}" / "history.json"
+        for line in json.loads(path.read_text()) if path.exists() else []:
+            lines.append(
+                {"phase": phase["name"], "tokens": before + line["step"] * per_step, **line}
+            )
+        before += per_step * phase["steps"]
+    return lines
+
+
+def _check(recipe: Recipe, model, tokenizer) -> None:
+    from openmsa.hf import is_msa
+
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for phase in recipe.phases:
+        if phase.attention != "dense" and not is_msa(model):
+            raise ValueError(
+                f"phase {phase.name!r} needs attention={phase.attention!r} but the model is dense; "
+                "call openmsa.hf.convert on it first"
+            )
+        if limit is not None and phase.seq_len > limit:
+            raise ValueError(
+                f"seq_len={phase.seq_len} of phase {phase.name!r} is longer than the model's "
+                f"max_position_embeddings={limit}"
+            )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} tokens, the model embeds "
+            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"weight {name} holds NaN or inf; load a sound checkpoint")
+
+
+def _claim(out: Path, recipe: Recipe, model, say: Say) -> None:
+    """Make `out` this recipe's folder, or see that it already is."""
+    path = out / "recipe.json"
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(json.dumps(recipe.to_dict())):
+            raise ValueError(
+                f"out={str(out)!r} holds a run of another recipe (see {path}); choose another"
+            )
+        say(f"resuming in {out}")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={str(out)!r} is not empty and holds no run; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _check_space(out, model)
+    write_json(path, recipe.to_dict())
+
+
+def _check_space(out: Path, model) -> None:
+    """A run holds two checkpoints of weights and two Adam moments, a third while it is written."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    needed, free = 3 * 3 * weights + weights, shutil.disk_usage(out).free
+    if free < needed:
+        raise ValueError(
+            f"out={str(out)!r} has {free / 1e9:.1f} GB free, this run needs {needed / 1e9:.1f} GB; "
+            "free space or choose another folder"
+        )
+
+
+def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say):
+    phase: Phase = recipe.phases[number]
+    _prepare(model, phase)
+    sequences = phase.steps * phase.batch_size * phase.accumulate
+    dataset = Mixture(
+        recipe.data,
+        tokenizer,
+        seq_len=phase.seq_len,
+        size=sequences,
+        seed=f"{recipe.seed}/{number}",
+    )
+    checkpoint, passed_over = last_whole_checkpoint(folder)
+    for line in passed_over:
+        say(line)
+    say(f"phase {phase.name}: {phase.steps} steps, {phase.tokens:,} tokens")
+    observers = list(callbacks)
+    if probe is not None:
+        observers.append(Probe(probe, probe_every))
+    trainer = MSATrainer(
+        model=model,
+        args=training_arguments(recipe, phase, str(folder)),
+        train_dataset=dataset,
+        callbacks=observers,
+    )
+    for observer in observers:
+        if isinstance(observer, Probe):
+            observer.trainer = trainer
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _finish(trainer, tokenizer, folder)
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _prepare(model, phase: Phase) -> None:
+    from openmsa.hf import freeze_backbone, is_msa, set_phase
+
+    if is_msa(model):
+        set_phase(model, phase.attention, index_loss_weight=phase.index_loss_weight)
+        freeze_backbone(model, phase.trained == "index")
+
+
+def _finish(trainer: MSATrainer, tokenizer, folder: Path) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_whole(model, tokenizer, folder / "model")
+    write_json(folder / "history.json", trainer.state.log_history)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
