@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: checked beforehand, written aside, moved into place."""
+"""Results as files: the folder is checked before the work, a file is whole or absent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from openmsa.cli.door import UsageError
@@ -37,25 +34,6 @@ def check_target(target: Path, *, overwrite: bool, need_bytes: int = MEGABYTE) -
         )
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write into; it becomes `target` only when the body succeeds.
-
-    What `target` held before is removed after the new one is in place, and stays on failure.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
-    try:
-        yield aside
-        for path in aside.rglob("*"):
-            _flush(path)
-        aside.chmod(0o777 & ~_umask())
-        _replace_folder(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(target.parent)
-
-
 def write_json(path: Path, content: object) -> None:
     """Write `content` as JSON, whole or not at all. NaN and infinity become null."""
     write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
@@ -73,37 +51,6 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _replace_folder(aside: Path, target: Path) -> None:
-    if not target.exists():
-        return aside.rename(target)
-    before = Path(tempfile.mkdtemp(prefix=f".{target.name}.before-", dir=target.parent))
-    target.rename(before / target.name)
-    try:
-        aside.rename(target)
-    except OSError:
-        (before / target.name).rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(before, ignore_errors=True)
-    return None
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _nearest_existing(path: Path) -> Path:

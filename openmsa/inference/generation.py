@@ -85,15 +85,7 @@ def generate(
             streamer=streamer,
             **_choice(sampling),
         )
-    new = streamer.tokens
-    return Generation(
-        text=tokenizer.decode(new, skip_special_tokens=True),
-        tokens=tuple(new),
-        prompt_tokens=len(tokens),
-        stopped_by="end of text" if new[-1] in ends else "length",
-        first_token_s=streamer.times[1] - streamer.times[0],
-        token_ms=streamer.mean_token_ms(),
-    )
+    return streamer.told(len(tokens), ends)
 
 
 def _checked_prompt(
@@ -180,9 +172,17 @@ class _Streamer(BaseStreamer):
     def end(self) -> None:
         self._hand_on(whole_only=False)
 
-    def mean_token_ms(self) -> float:
-        gaps = len(self.times) - 2
-        return 1e3 * (self.times[-1] - self.times[1]) / gaps if gaps > 0 else float("nan")
+    def told(self, prompt_tokens: int, ends: list[int]) -> Generation:
+        """The whole, once it has ended."""
+        first, later = self.times[1], len(self.tokens) - 1
+        return Generation(
+            text=self._decode(0, len(self.tokens)),
+            tokens=tuple(self.tokens),
+            prompt_tokens=prompt_tokens,
+            stopped_by="end of text" if self.tokens[-1] in ends else "length",
+            first_token_s=first - self.times[0],
+            token_ms=1e3 * (self.times[-1] - first) / later if later else float("nan"),
+        )
 
     def _hand_on(self, whole_only: bool) -> None:
         text = self._decode(self._anchor, len(self.tokens))
