@@ -1,0 +1,103 @@
+"""Looking into a converted model while it runs: one attention call at a time.
+
+`openmsa.hf.capture_attention` collects what every sparse layer attends with; here each layer's call
+is shown and dropped before the next layer runs, so a long text costs the memory of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import openmsa
+from openmsa import hf
+from openmsa.evaluation.batches import batches_of_equal_length, evaluating, last_logits_only
+
+
+def run_and_look(
+    model,
+    sequences: Sequence[Tensor],
+    look: Callable[[hf.AttentionCall], None],
+    batch_size: int = 4,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run a converted model over the sequences and show `look` each layer's call as it happens."""
+    device, done = next(model.parameters()).device, 0
+    only = last_logits_only(model)
+    with evaluating(model, autocast_dtype), hf.capture_attention(model) as calls:
+
+        def drain(*_) -> None:
+            while calls:
+                look(calls.pop(0))
+
+        hooks = [m.register_forward_hook(drain) for m in model.modules() if _is_sparse(m)]
+        try:
+            for rows in batches_of_equal_length([len(s) for s in sequences], batch_size):
+                batch = torch.stack([sequences[row] for row in rows]).to(device)
+                model(input_ids=batch, use_cache=False, **only)
+                drain()
+                done += len(rows)
+                if progress is not None:
+                    progress(done, len(sequences))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def selected_blocks(call: hf.AttentionCall, config: openmsa.MSAConfig) -> Tensor:
+    """The index's selection of one captured call, int [b, g, t, k]; chosen now if it chose none."""
+    if call.selection is not None:
+        return call.selection.blocks
+    return openmsa.select_blocks(
+        call.q_index,
+        call.k_index,
+        block_size=config.block_size,
+        top_k=config.top_k,
+        local_blocks=config.local_blocks,
+        sink_blocks=config.sink_blocks,
+        index_scale=call.index_scale,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+    ).blocks
+
+
+def sequences_of(call: hf.AttentionCall) -> Iterator[tuple[int, slice, slice]]:
+    """(batch row, its queries, its keys) of every sequence of a captured call."""
+    if call.cu_seqlens_q is None:
+        for row in range(call.q.shape[0]):
+            yield row, slice(0, call.q.shape[1]), slice(0, call.k.shape[1])
+        return
+    borders_q, borders_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    for n in range(len(borders_q) - 1):
+        yield 0, slice(*borders_q[n : n + 2]), slice(*borders_k[n : n + 2])
+
+
+def as_mask(blocks: Tensor, num_blocks: int) -> Tensor:
+    """Block numbers int [..., k], -1 for none -> bool [..., num_blocks]."""
+    places = blocks.long().where(blocks >= 0, num_blocks)
+    mask = torch.zeros(*blocks.shape[:-1], num_blocks + 1, dtype=torch.bool, device=blocks.device)
+    return mask.scatter_(-1, places, True)[..., :num_blocks]
+
+
+def check_budget(model, num_tokens: int) -> openmsa.MSAConfig:
+    """The configuration of a converted model. Raises ValueError if `num_tokens` fit its budget."""
+    if not hf.is_msa(model):
+        raise ValueError(
+            f"model is a dense {type(model).__name__}; convert it first, or ask "
+            "openmsa.evaluation.inspection.will_it_bear about it"
+        )
+    config = hf.msa_config(model)
+    budget = config.block_size * config.top_k
+    if num_tokens <= budget:
+        raise ValueError(
+            f"the longest sequence has {num_tokens} tokens and the budget is top_k * block_size = "
+            f"{budget}, so every block is selected; give sequences of more tokens"
+        )
+    return config
+
+
+def _is_sparse(module) -> bool:
+    return hasattr(module, "index_q_proj")

@@ -1,0 +1,257 @@
+"""Curves: training, recall, perplexity by position, decoding time, mass per layer.
+
+Every function takes plain data and returns a matplotlib figure; `canvas.save` writes it as SVG and
+PNG. Heat maps are in `maps`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+from openmsa.evaluation import canvas
+from openmsa.evaluation.inspection import Bearing
+from openmsa.evaluation.perplexity import PairedDifference, PositionLoss
+
+RECALL_TITLES = {
+    "block_recall": "Block recall: oracle blocks found",
+    "score_recall": "Score recall: oracle mass found",
+    "captured_mass": "Captured mass: of all attention",
+}
+
+
+def training_curves(
+    log: Sequence[Mapping], *, loss_key: str = "lm_loss", index_prefix: str = "index_loss/"
+) -> Figure:
+    """Loss of the language model and KL of the index per layer against the step.
+
+    log: records with "step" (int, ascending), maybe "phase", `loss_key` in nats per token, and one
+    key `index_prefix`<layer> per sparse layer in nats; a record need not have all of them. Raises
+    ValueError if no record holds a loss.
+    """
+    loss = _series(log, loss_key)
+    if not loss:
+        raise ValueError(f"log has no record with {loss_key!r}; it has {sorted(_keys(log))}")
+    layers = _layer_keys(log, index_prefix)
+    with canvas.style():
+        figure, axes = canvas.panels(1, 2 if layers else 1, height_inches=2.9)
+        axes[0].plot(*zip(*loss, strict=True), color=canvas.INK)
+        axes[0].set_title("Loss of the language model (nats per token)")
+        if layers:
+            _layer_lines(axes[1], log, layers)
+            axes[1].set_yscale("log")
+            axes[1].set_title("KL of attention and index (nats per query)")
+        for ax in axes:
+            ax.set_xlabel("training step")
+            _mark_phases(ax, log)
+    return figure
+
+
+def recall_curves(
+    log: Sequence[Mapping], *, measures: Sequence[str] = tuple(RECALL_TITLES)
+) -> Figure:
+    """Block recall, score recall and captured mass per layer against the step, 0 to 100 %.
+
+    log: records with "step" and keys like "score_recall/layer_0", as `recall.probe` returns them.
+    Raises ValueError if no record holds a measure.
+    """
+    shown = [m for m in measures if _layer_keys(log, f"{m}/")]
+    if not shown:
+        raise ValueError(f"log has none of {', '.join(measures)}; it has {sorted(_keys(log))}")
+    with canvas.style():
+        figure, axes = canvas.panels(1, len(shown), height_inches=2.8, sharey=True)
+        for ax, name in zip(axes, shown, strict=True):
+            _layer_lines(ax, log, _layer_keys(log, f"{name}/"))
+            ax.set_title(RECALL_TITLES.get(name, name))
+            ax.set_xlabel("training step")
+            ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            _mark_phases(ax, log)
+        axes[0].set_ylabel("mean over queries and groups")
+    return figure
+
+
+def perplexity_by_position(
+    results: Mapping[str, PositionLoss], changes: Mapping[str, PairedDifference] | None = None
+) -> Figure:
+    """Perplexity against the position in the context and, if given, its change against a reference.
+
+    results: {model: losses}, all with the same edges. changes: {model: difference to the reference}
+    on the same tokens. Bars are one standard error over sequences.
+    """
+    with canvas.style():
+        figure, axes = canvas.panels(1, 2 if changes else 1, height_inches=3.1)
+        for number, (name, result) in enumerate(results.items()):
+            means = [None if e is None else p * e for p, e in _pairs(result)]
+            _error_line(axes[0], result.edges, result.perplexity, means, name, number)
+        axes[0].set_title("Perplexity (lower is better)")
+        axes[0].legend(frameon=False, fontsize=8.5)
+        if changes:
+            names = list(results)
+            for name, change in changes.items():
+                percent = [None if d is None else 100 * math.expm1(d) for d in change.difference]
+                errors = [
+                    None if d is None or e is None else 100 * math.exp(d) * e
+                    for d, e in zip(change.difference, change.stderr, strict=True)
+                ]
+                number = names.index(name) if name in names else len(names)
+                _error_line(axes[1], change.edges, percent, errors, name, number)
+            axes[1].axhline(0, color=canvas.INK, linewidth=1)
+            axes[1].axhspan(-1, 1, color=canvas.GRID, alpha=0.5, linewidth=0)
+            axes[1].set_title(f"Perplexity against {names[0]} (%; band: ±1 %)")
+        for ax in axes:
+            ax.set_xlabel("position in the context (tokens before)")
+            _log2_ticks(ax)
+    return figure
+
+
+def decode_times(times: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Milliseconds per generated token against the context, both logarithmic.
+
+    times: {model: [(context in tokens, ms per token) ...]}. With two models measured at one longest
+    context, the factor between them there is written into the title.
+    """
+    with canvas.style():
+        figure, (ax,) = canvas.panels(1, 1, height_inches=3.2)
+        ends = []
+        for number, (name, points) in enumerate(times.items()):
+            points = sorted(points)
+            colour, marker = canvas.colour_of(number), canvas.MARKERS[number % len(canvas.MARKERS)]
+            ax.plot(*zip(*points, strict=True), color=colour, marker=marker)
+            ends.append((*points[-1], name, colour))
+        ax.set_yscale("log")
+        _log2_ticks(ax)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.set_title("Time per generated token (ms)" + _factor(times))
+        ax.set_xlabel("context (tokens)")
+        canvas.label_ends(ax, ends)
+    return figure
+
+
+def mass_by_layer(bearing: Bearing) -> Figure:
+    """Per layer of a dense model: mass of the best blocks, mass of the derived index, the
+    threshold.
+    """
+    with canvas.style():
+        height = 1.3 + 0.26 * len(bearing.layers)
+        figure, (ax,) = canvas.panels(1, 1, height_inches=height)
+        for row, layer in enumerate(bearing.layers):
+            ends = [layer.captured_mass, layer.oracle_mass]
+            ax.plot(ends, [row, row], color=canvas.SOFT, linewidth=1.2, zorder=1)
+            ax.plot(ends[:1], [row], "s", color=canvas.BLUE, label="derived index, untrained")
+            ax.plot(ends[1:], [row], "o", color=canvas.INK, label="best possible blocks")
+            ax.annotate(
+                layer.verdict,
+                (1.01, row),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8.5,
+                color=canvas.VERMILION if layer.verdict == "keep dense" else canvas.INK,
+            )
+        ax.axvline(bearing.threshold, color=canvas.VERMILION, linestyle="--", linewidth=1)
+        ax.set_yticks(range(len(bearing.layers)), [f"layer {b.layer}" for b in bearing.layers])
+        ax.invert_yaxis()
+        ax.set_xlim(right=1.0)
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        budget = f"{bearing.top_k} blocks of {bearing.block_size} tokens"
+        ax.set_title(f"Attention mass inside {budget}; dashed: threshold")
+        handles, labels = ax.get_legend_handles_labels()
+        figure.legend(handles[:2], labels[:2], frameon=False, ncols=2, loc="outside lower left")
+    return figure
+
+
+def _series(log: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[key]) for r in log if r.get(key) is not None and "step" in r]
+
+
+def _keys(log: Sequence[Mapping]) -> set[str]:
+    return {key for record in log for key in record}
+
+
+def _layer_keys(log: Sequence[Mapping], prefix: str) -> dict[str, str]:
+    """{key of the log: name of the layer} in the order of the layers."""
+    keys = [key for key in _keys(log) if key.startswith(prefix)]
+    names = {key: key[len(prefix) :].replace("_", " ") for key in keys}
+    return {key: names[key] for key in sorted(keys, key=lambda k: (len(names[k]), names[k]))}
+
+
+def _layer_lines(ax: Axes, log: Sequence[Mapping], layers: Mapping[str, str]) -> None:
+    ends = []
+    for number, (key, name) in enumerate(layers.items()):
+        points, colour = _series(log, key), canvas.colour_of(number, canvas.LAYERS)
+        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.4)
+        ends.append((*points[-1], name, colour))
+    ax.autoscale_view()
+    canvas.label_ends(ax, ends)
+
+
+def _mark_phases(ax: Axes, log: Sequence[Mapping]) -> None:
+    """A line where a phase begins, with its name above the plot's lower edge."""
+    before = None
+    for record in log:
+        phase = record.get("phase")
+        if phase is None or phase == before:
+            continue
+        if before is not None:
+            ax.axvline(record["step"], color=canvas.SOFT, linestyle=":", linewidth=1)
+        ax.annotate(
+            phase,
+            (record["step"], 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="top",
+            color=canvas.SOFT,
+            fontsize=8,
+        )
+        before = phase
+
+
+def _pairs(result: PositionLoss):
+    return zip(result.perplexity, result.loss_stderr, strict=True)
+
+
+def _error_line(ax: Axes, edges, values, errors, name: str, number: int) -> None:
+    """Values at the (geometric) middle of their buckets, with bars of one standard error."""
+    kept = [b for b, value in enumerate(values) if value is not None]
+    middles = [(edges[b] * (edges[b + 1] - 1)) ** 0.5 for b in kept]
+    bars = [errors[b] or 0.0 for b in kept]
+    ax.errorbar(
+        middles,
+        [values[b] for b in kept],
+        yerr=bars,
+        color=canvas.colour_of(number),
+        marker=canvas.MARKERS[number % len(canvas.MARKERS)],
+        label=name,
+        elinewidth=1,
+        capsize=2,
+    )
+
+
+def _log2_ticks(ax: Axes) -> None:
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tokens_text(v)))
+
+
+def tokens_text(count: float) -> str:
+    """A number of tokens as people write it: 512, 2K, 128K, 1M (powers of two)."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if count >= unit and count % unit == 0:
+            return f"{count / unit:g}{name}"
+    return f"{count:,.0f}"
+
+
+def _factor(times: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """ "; at 64K: 12.3x" if two models were measured at the same longest context."""
+    if len(times) != 2:
+        return ""
+    (first, slow), (second, fast) = ((n, max(p)) for n, p in times.items())
+    if slow[0] != fast[0]:
+        return ""
+    return f"; at {tokens_text(slow[0])} tokens {first} takes {slow[1] / fast[1]:.1f}x {second}'s"

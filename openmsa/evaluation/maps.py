@@ -1,0 +1,101 @@
+"""Heat maps: retrieval over length and depth, and what the index selects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from openmsa.evaluation import canvas
+from openmsa.evaluation.figures import tokens_text
+from openmsa.evaluation.inspection import SelectionMap
+from openmsa.evaluation.retrieval import RetrievalResult
+
+SEQUENTIAL = "cividis"  # made for colour-blind readers, and readable without colour
+
+
+def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
+    """Share of right answers by depth and length: one row per task, one column per model.
+
+    results: {model: result}, all of one plan. All maps share one colour scale, 0 to 100 %. Raises
+    ValueError if the plans differ.
+    """
+    first = next(iter(results.values()))
+    shape = (first.tasks, first.context_tokens, first.depths, first.total, first.seed)
+    for name, r in results.items():
+        if (r.tasks, r.context_tokens, r.depths, r.total, r.seed) != shape:
+            raise ValueError(f"results[{name!r}] is of another plan; evaluate all with one plan")
+    with canvas.style():
+        height = 0.7 + len(first.tasks) * (0.55 + 0.2 * len(first.depths))
+        figure, axes = canvas.panels(
+            len(first.tasks), len(results), height_inches=height, sharex=True, sharey=True
+        )
+        for place, ax in enumerate(axes):
+            task = first.tasks[place // len(results)]
+            name = list(results)[place % len(results)]
+            image = _needle_map(ax, results[name], task)
+            ax.set_title(f"{name}: {task.replace('_', ' ')}")
+        for ax in axes[:: len(results)]:
+            ax.set_ylabel("depth")
+        for ax in axes[-len(results) :]:
+            ax.set_xlabel("context (tokens)")
+        bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
+        bar.set_label(f"right answers of {first.total} per cell")
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)
+    return figure
+
+
+def selection_maps(maps: SelectionMap) -> Figure:
+    """Probability that a query block selects a key block: one row per layer, one column per group.
+
+    Key blocks run to the right, query blocks downwards; the future stays empty. The colour scale is
+    stretched at its low end (square root), so that rare selections can be seen beside sure ones.
+    """
+    with canvas.style():
+        groups = len(maps.probability[0])
+        side = (canvas.WIDTH_INCHES - 0.9) / max(groups, 3)
+        height = 0.6 + len(maps.layers) * (side + 0.15)
+        figure, axes = canvas.panels(
+            len(maps.layers), groups, height_inches=height, sharex=True, sharey=True
+        )
+        for place, ax in enumerate(axes):
+            layer, group = divmod(place, groups)
+            values = np.array(maps.probability[layer][group], dtype=float)
+            image = ax.imshow(
+                values,
+                cmap=SEQUENTIAL,
+                norm=PowerNorm(0.5, 0, 1),
+                interpolation="none",
+                extent=(0, maps.num_tokens, maps.num_tokens, 0),
+            )
+            ax.grid(False)
+            ax.set_title(f"layer {maps.layers[layer]}, group {group}")
+        for ax in axes[::groups]:
+            ax.set_ylabel("query at token")
+        for ax in axes[-groups:]:
+            ax.set_xlabel("key at token")
+        bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
+        bar.set_label("share of queries that select the block")
+        bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _needle_map(ax: Axes, result: RetrievalResult, task: str):
+    values = np.array(result.correct[task]).T / result.total  # [depth, length]
+    image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+    ax.grid(False)
+    ax.set_xticks(range(len(result.context_tokens)), map(tokens_text, result.context_tokens))
+    ax.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    for (depth, length), value in np.ndenumerate(values):
+        colour = "#000000" if value > 0.55 else "#ffffff"
+        ax.text(length, depth, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7.5)
+    return image
