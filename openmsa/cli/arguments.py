@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openmsa.cli.door import UsageError
+from openmsa.cli.door import usage_checked
+
+if TYPE_CHECKING:
+    from openmsa import MSAConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -80,34 +84,33 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as saved")
 
 
-def add_budget_options(parser: argparse.ArgumentParser) -> None:
-    """What is kept of the context: the fields of MSAConfig."""
-    number = whole_number(1)
-    parser.add_argument("--block-size", type=number, default=128, help="tokens in a block")
-    parser.add_argument("--top-k", type=number, default=16, help="blocks kept per token and group")
-    parser.add_argument("--d-index", type=number, help="index channels; left out: the head dim")
-    count = whole_number(0)
-    parser.add_argument("--local-blocks", type=count, default=1, help="latest blocks always kept")
-    parser.add_argument("--sink-blocks", type=count, default=0, help="first blocks always kept")
+def add_budget_options(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """What is kept of the context: the fields of MSAConfig but its layers."""
+    group = parser.add_argument_group("budget", note)
+    number, count = whole_number(1), whole_number(0)
+    group.add_argument("--block-size", type=number, default=128, help="tokens in a block")
+    group.add_argument("--top-k", type=number, default=16, help="blocks kept per token and group")
+    group.add_argument("--d-index", type=number, help="index channels; left out: the head dim")
+    group.add_argument("--local-blocks", type=count, default=1, help="latest blocks always kept")
+    group.add_argument("--sink-blocks", type=count, default=0, help="first blocks always kept")
+
+
+def budget(arguments: argparse.Namespace, layers: tuple[int, ...] | None) -> MSAConfig:
+    """The budget that was asked for. Raises UsageError where its numbers contradict each other."""
+    from openmsa import MSAConfig
+
+    with usage_checked():
+        return MSAConfig(
+            block_size=arguments.block_size,
+            top_k=arguments.top_k,
+            d_index=arguments.d_index,
+            local_blocks=arguments.local_blocks,
+            sink_blocks=arguments.sink_blocks,
+            layers=layers,
+        )
 
 
 def add_out_options(parser: argparse.ArgumentParser, *, required: bool, what: str) -> None:
     """Where results go: --out and --overwrite."""
     parser.add_argument("--out", type=Path, required=required, help=f"folder for {what}")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-
-
-def read_texts(paths: list[Path]) -> list[str]:
-    """The text of every file, in order. Raises UsageError for missing, binary and empty files."""
-    texts = []
-    for path in paths:
-        if not path.is_file():
-            raise UsageError(f"there is no file {path}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not UTF-8 text") from None
-        if not text.strip():
-            raise UsageError(f"{path} is empty; give text to read")
-        texts.append(text)
-    return texts

@@ -49,18 +49,20 @@ def _is_number(cell: str) -> bool:
 
 
 class Bar:
-    """Progress of one piece of work: `advance()` after each step, `tell()` what is being done."""
+    """Progress of one piece of work."""
 
     def __init__(self, progress=None, task=None) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, steps: float = 1) -> None:
+    def advance(self) -> None:
+        """One more step is done."""
         if self._progress:
-            self._progress.update(self._task, advance=steps)
+            self._progress.update(self._task, advance=1)
 
-    def tell(self, what: str) -> None:
+    def show(self, done: int, total: int) -> None:
+        """`done` of `total` steps are done."""
         if self._progress:
-            self._progress.update(self._task, description=what)
+            self._progress.update(self._task, completed=done, total=total)
 
 
 @contextmanager

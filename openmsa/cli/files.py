@@ -13,17 +13,19 @@ from openmsa.cli.door import UsageError
 MEGABYTE = 1 << 20
 
 
-def check_target(target: Path, *, overwrite: bool, need_bytes: int = MEGABYTE) -> None:
-    """Refuse, before any work, a folder that could not be written at the end.
-
-    Raises UsageError for a target that is a file or a folder with something in it (unless
-    `overwrite`), OSError where it may not be written or the disk is too full for `need_bytes`.
-    """
+def check_vacant(target: Path, *, overwrite: bool) -> None:
+    """Raise UsageError for a target that is a file, or holds something and may not be replaced."""
     if target.exists() and not target.is_dir():
         raise UsageError(f"--out {target} is a file; name a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"--out {target} already holds files; name another, or add --overwrite")
-    parent = _nearest_existing(target)
+
+
+def check_space(target: Path, need_bytes: int = MEGABYTE) -> None:
+    """Raise OSError, before any work, where `need_bytes` could not be written at the end."""
+    parent = target.absolute()
+    while not parent.is_dir():
+        parent = parent.parent
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(f"--out {target} cannot be written: no permission in {parent}")
     free = shutil.disk_usage(parent).free
@@ -51,13 +53,6 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _nearest_existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -7,11 +7,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from openmsa.cli.arguments import add_model_options, read_texts, whole_number
+from openmsa.cli.arguments import add_model_options, whole_number
 from openmsa.cli.console import say
 from openmsa.cli.door import UsageError, usage_checked
 from openmsa.cli.files import write_json
 from openmsa.cli.models import load_model, load_tokenizer
+from openmsa.cli.texts import documents
 
 DESCRIPTION = (
     "Continue a prompt with a dense or an MSA model. The prompt comes from --prompt, --file or "
@@ -68,7 +69,7 @@ def read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         prompt = arguments.prompt
     elif arguments.file:
-        (prompt,) = read_texts([arguments.file])
+        (prompt,) = documents([arguments.file])
     elif sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT, --file PATH, or text on standard input")
     else:

@@ -1,0 +1,127 @@
+"""openmsa convert: a dense checkpoint becomes MSA, and back."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from openmsa.cli.arguments import (
+    add_budget_options,
+    add_model_options,
+    add_out_options,
+    budget,
+    layer_list,
+)
+from openmsa.cli.bearing import add_bearing_options, judged
+from openmsa.cli.console import progress, say, table
+from openmsa.cli.door import UsageError
+from openmsa.cli.files import check_space, check_vacant
+from openmsa.cli.models import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from openmsa import MSAConfig
+
+DESCRIPTION = (
+    "Give a dense checkpoint an index branch, derived from its own projections, and save it; every "
+    "other weight is kept. AutoModelForCausalLM loads the result after `import openmsa.hf`."
+)
+EXAMPLE = "openmsa convert runs/dense --out runs/msa --block-size 64 --top-k 16 --layers 2-27"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint folder, or name on the hub")
+    add_out_options(parser, required=True, what="the new checkpoint")
+    add_budget_options(parser)
+    parser.add_argument(
+        "--layers",
+        type=layer_list,
+        default="all",
+        help='"0,2-5", "all", or "auto": those that would bear the budget',
+    )
+    parser.add_argument(
+        "--init", choices=("main", "random"), default="main", help="where the index starts from"
+    )
+    parser.add_argument("--to-dense", action="store_true", help="take the index away again")
+    add_bearing_options(parser)
+    add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_vacant(arguments.out, overwrite=arguments.overwrite)
+    auto = arguments.layers == "auto"
+    config = budget(arguments, layers=None if auto else arguments.layers)
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    check_space(arguments.out, 2 * model_bytes(model))
+    check_direction(model, arguments)
+    if arguments.to_dense:
+        make_dense(model)
+    else:
+        if auto:
+            config = budget(arguments, layers=layers_that_bear(model, tokenizer, config, arguments))
+        make_sparse(model, config, init=arguments.init)
+    from openmsa.training.checkpoints import save_whole
+
+    with progress(f"saving {arguments.out}"):
+        save_whole(model, tokenizer, arguments.out)
+    say(f"saved {arguments.out}")
+
+
+def check_direction(model, arguments: argparse.Namespace) -> None:
+    """Raise UsageError for a model that is already what it should become."""
+    from openmsa import hf
+
+    if arguments.to_dense and not hf.is_msa(model):
+        raise UsageError(f"{arguments.model} is dense already")
+    if not arguments.to_dense and hf.is_msa(model):
+        raise UsageError(f"{arguments.model} is MSA already; --to-dense takes it back")
+
+
+def layers_that_bear(model, tokenizer, config, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The layers that inspection would convert. Raises ValueError where it is none."""
+    layers = judged(model, tokenizer, config, arguments).convert
+    if not layers:
+        raise ValueError("no layer would bear this budget; raise --top-k or --block-size")
+    return tuple(layers)
+
+
+def make_dense(model) -> None:
+    """Take the index away, in place, and tell so."""
+    from openmsa import hf
+
+    hf.to_dense(model)
+    table("Dense again", ("what", "value"), [("model", type(model).__name__)])
+
+
+def make_sparse(model, config: MSAConfig, *, init: str) -> None:
+    """Give a dense model an index, in place, and tell what was added."""
+    from openmsa import hf
+
+    hf.convert(model, config, init=init)
+    layers = hf.msa_layers(model)
+    added = sum(parameter.numel() for _, parameter in hf.index_parameters(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rows = [
+        ("model", type(model).__name__),
+        ("sparse layers", f"{len(layers)} of {model.config.num_hidden_layers}: {_runs(layers)}"),
+        ("tokens read per query and group", f"{config.top_k} x {config.block_size}"),
+        ("index parameters", f"{added:,} ({added / total:.2%} of all)"),
+        ("index from", "the main projections" if init == "main" else "random numbers"),
+    ]
+    table("Converted", ("what", "value"), rows)
+
+
+def model_bytes(model) -> int:
+    """Bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _runs(numbers: list[int]) -> str:
+    """[0, 2, 3, 4] -> "0,2-4"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
