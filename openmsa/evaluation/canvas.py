@@ -69,6 +69,7 @@ def style() -> Iterator[None]:
 def panels(rows: int, columns: int, *, height_inches: float, **options) -> tuple[Figure, list]:
     """A figure of report width and its axes, row by row. Nothing global is touched (no pyplot)."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.flat)
 
@@ -81,32 +82,38 @@ def colour_of(number: int, palette: Sequence[str] = SERIES) -> str:
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each line's name at its last point. ends: (x, y, text, colour), in data units.
 
-    Names that would overlap are moved apart vertically and stay in the order of their lines.
+    Names that would overlap are moved apart vertically and stay in the order of their lines. Call
+    it when everything else is drawn: places are those of the axes as they stand.
     """
-    if not ends:
-        return
-    to_pixels, back = axes.transData, axes.transData.inverted()
-    gap = 11 * axes.figure.dpi / 72
-    places = sorted(((to_pixels.transform((x, y))[1], x, text, c) for x, y, text, c in ends))
-    heights = [place[0] for place in places]
-    for _ in range(50):
-        for low in range(len(heights) - 1):
-            short = gap - (heights[low + 1] - heights[low])
-            if short > 1e-6:
-                heights[low] -= short / 2
-                heights[low + 1] += short / 2
-    for height, (_, x, text, colour) in zip(heights, places, strict=True):
-        y = back.transform((to_pixels.transform((x, 1))[0], height))[1]
+    axes.figure.draw_without_rendering()
+    points_per_pixel = 72 / axes.figure.dpi
+    height = {end: axes.transData.transform(end[:2])[1] * points_per_pixel for end in ends}
+    order = sorted(ends, key=height.get)
+    ceiling = axes.bbox.y1 * points_per_pixel - 4
+    moved = _spread([height[end] for end in order], 10.5, ceiling)
+    for (x, y, text, colour), place in zip(order, moved, strict=True):
         axes.annotate(
             text,
             (x, y),
-            xytext=(6, 0),
+            xytext=(6, place - height[x, y, text, colour]),
             textcoords="offset points",
             color=colour,
             va="center",
             fontsize=8.5,
             annotation_clip=False,
         )
+
+
+def _spread(heights: list[float], gap: float, ceiling: float) -> list[float]:
+    """Ascending heights, moved apart until each is `gap` above the one before, none too high."""
+    heights = list(heights)
+    for _ in range(100):
+        for low in range(len(heights) - 1):
+            short = max(0.0, gap - (heights[low + 1] - heights[low]))
+            heights[low] -= short / 2
+            heights[low + 1] += short / 2
+    excess = max(0.0, heights[-1] - ceiling) if heights else 0.0
+    return [height - excess for height in heights]
 
 
 def svg_text(figure: Figure) -> str:

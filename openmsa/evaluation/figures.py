@@ -11,52 +11,50 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from openmsa.evaluation import canvas
 from openmsa.evaluation.inspection import Bearing
 from openmsa.evaluation.perplexity import PairedDifference, PositionLoss
 
 RECALL_TITLES = {
-    "block_recall": "Block recall: oracle blocks found",
-    "score_recall": "Score recall: oracle mass found",
-    "captured_mass": "Captured mass: of all attention",
+    "block_recall": "Block recall (% of oracle)",
+    "score_recall": "Score recall (% of oracle)",
+    "captured_mass": "Captured mass (% of all)",
 }
 
 
-def training_curves(
-    log: Sequence[Mapping], *, loss_key: str = "lm_loss", index_prefix: str = "index_loss/"
-) -> Figure:
-    """Loss of the language model and KL of the index per layer against the step.
+def training_curves(log: Sequence[Mapping]) -> Figure:
+    """Loss of the language model and KL of the index per layer against the tokens seen.
 
-    log: records with "step" (int, ascending), maybe "phase", `loss_key` in nats per token, and one
-    key `index_prefix`<layer> per sparse layer in nats; a record need not have all of them. Raises
-    ValueError if no record holds a loss.
+    log: what `openmsa.training.history` returns: records with "tokens" (ascending), "phase",
+    "lm_loss" ("loss" in a phase without an index) in nats per token and "kl/layer_0" ... in nats;
+    a record need not have all of them. Raises ValueError if no record holds a loss.
     """
-    loss = _series(log, loss_key)
+    log = [{**r, "lm_loss": r.get("lm_loss", r.get("loss"))} for r in log]
+    loss, layers = _series(log, "lm_loss"), _layer_keys(log, "kl/")
     if not loss:
-        raise ValueError(f"log has no record with {loss_key!r}; it has {sorted(_keys(log))}")
-    layers = _layer_keys(log, index_prefix)
+        raise ValueError(f"log has no record with 'lm_loss' or 'loss'; it has {sorted(_keys(log))}")
     with canvas.style():
         figure, axes = canvas.panels(1, 2 if layers else 1, height_inches=2.9)
-        axes[0].plot(*zip(*loss, strict=True), color=canvas.INK)
-        axes[0].set_title("Loss of the language model (nats per token)")
-        if layers:
-            _layer_lines(axes[1], log, layers)
-            axes[1].set_yscale("log")
-            axes[1].set_title("KL of attention and index (nats per query)")
+        _smoothed_line(axes[0], loss)
+        axes[0].set_title("Language model loss (nats per token)")
         for ax in axes:
-            ax.set_xlabel("training step")
             _mark_phases(ax, log)
+        if layers:
+            _log_scale(axes[1])
+            axes[1].set_title("KL of index from attention (nats)")
+            canvas.label_ends(axes[1], _layer_lines(axes[1], log, layers))
     return figure
 
 
 def recall_curves(
     log: Sequence[Mapping], *, measures: Sequence[str] = tuple(RECALL_TITLES)
 ) -> Figure:
-    """Block recall, score recall and captured mass per layer against the step, 0 to 100 %.
+    """Block recall, score recall and captured mass per layer against the tokens seen.
 
-    log: records with "step" and keys like "score_recall/layer_0", as `recall.probe` returns them.
+    log: what `openmsa.training.history` returns: records with "tokens", "phase" and, where
+    `recall.probe` ran, keys like "score_recall/layer_0" (0 to 1).
     Raises ValueError if no record holds a measure.
     """
     shown = [m for m in measures if _layer_keys(log, f"{m}/")]
@@ -64,13 +62,16 @@ def recall_curves(
         raise ValueError(f"log has none of {', '.join(measures)}; it has {sorted(_keys(log))}")
     with canvas.style():
         figure, axes = canvas.panels(1, len(shown), height_inches=2.8, sharey=True)
+        ends = []
         for ax, name in zip(axes, shown, strict=True):
-            _layer_lines(ax, log, _layer_keys(log, f"{name}/"))
+            ends.append(_layer_lines(ax, log, _layer_keys(log, f"{name}/")))
             ax.set_title(RECALL_TITLES.get(name, name))
-            ax.set_xlabel("training step")
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             _mark_phases(ax, log)
         axes[0].set_ylabel("mean over queries and groups")
+        axes[0].set_ylim(*_room_below_one(log, shown))
+        for ax, line_ends in zip(axes, ends, strict=True):
+            canvas.label_ends(ax, line_ends)
     return figure
 
 
@@ -122,11 +123,8 @@ def decode_times(times: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
             colour, marker = canvas.colour_of(number), canvas.MARKERS[number % len(canvas.MARKERS)]
             ax.plot(*zip(*points, strict=True), color=colour, marker=marker)
             ends.append((*points[-1], name, colour))
-        ax.set_yscale("log")
+        _log_scale(ax)
         _log2_ticks(ax)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.set_title("Time per generated token (ms)" + _factor(times))
         ax.set_xlabel("context (tokens)")
         canvas.label_ends(ax, ends)
@@ -166,7 +164,7 @@ def mass_by_layer(bearing: Bearing) -> Figure:
 
 
 def _series(log: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
-    return [(r["step"], r[key]) for r in log if r.get(key) is not None and "step" in r]
+    return [(r["tokens"], r[key]) for r in log if r.get(key) is not None]
 
 
 def _keys(log: Sequence[Mapping]) -> set[str]:
@@ -180,28 +178,30 @@ def _layer_keys(log: Sequence[Mapping], prefix: str) -> dict[str, str]:
     return {key: names[key] for key in sorted(keys, key=lambda k: (len(names[k]), names[k]))}
 
 
-def _layer_lines(ax: Axes, log: Sequence[Mapping], layers: Mapping[str, str]) -> None:
+def _layer_lines(ax: Axes, log: Sequence[Mapping], layers: Mapping[str, str]) -> list[tuple]:
+    """Draw a line per layer; returns their ends for `canvas.label_ends`."""
     ends = []
     for number, (key, name) in enumerate(layers.items()):
         points, colour = _series(log, key), canvas.colour_of(number, canvas.LAYERS)
         ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.4)
         ends.append((*points[-1], name, colour))
-    ax.autoscale_view()
-    canvas.label_ends(ax, ends)
+    return ends
 
 
 def _mark_phases(ax: Axes, log: Sequence[Mapping]) -> None:
-    """A line where a phase begins, with its name above the plot's lower edge."""
+    """Tokens as the axis, and a line with a name where each phase begins."""
+    ax.set_xlabel("tokens seen in training")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     before = None
     for record in log:
         phase = record.get("phase")
         if phase is None or phase == before:
             continue
         if before is not None:
-            ax.axvline(record["step"], color=canvas.SOFT, linestyle=":", linewidth=1)
+            ax.axvline(record["tokens"], color=canvas.SOFT, linestyle=":", linewidth=1)
         ax.annotate(
             phase,
-            (record["step"], 0.98),
+            (record["tokens"], 0.98),
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),
             textcoords="offset points",
@@ -233,6 +233,30 @@ def _error_line(ax: Axes, edges, values, errors, name: str, number: int) -> None
     )
 
 
+def _smoothed_line(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """The values as logged, thin, and their running mean over a tenth of them, bold."""
+    x, y = (list(column) for column in zip(*points, strict=True))
+    half = len(y) // 20
+    windows = [y[max(0, n - half) : n + half + 1] for n in range(len(y))]
+    if half:
+        ax.plot(x, y, color=canvas.SOFT, linewidth=0.7, alpha=0.6)
+    ax.plot(x, [sum(window) / len(window) for window in windows], color=canvas.INK)
+
+
+def _room_below_one(log: Sequence[Mapping], measures: Sequence[str]) -> tuple[float, float]:
+    """Limits of an axis that ends at 1 and begins a little below the lowest value shown."""
+    keys = [key for name in measures for key in _layer_keys(log, f"{name}/")]
+    lowest = min(value for key in keys for _, value in _series(log, key))
+    return max(0.0, lowest - 0.05), 1.0
+
+
+def _log_scale(ax: Axes) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
 def _log2_ticks(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_minor_locator(NullLocator())
@@ -248,10 +272,11 @@ def tokens_text(count: float) -> str:
 
 
 def _factor(times: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """ "; at 64K: 12.3x" if two models were measured at the same longest context."""
+    """How much longer the first of two models takes at their longest context, if it is one."""
     if len(times) != 2:
         return ""
     (first, slow), (second, fast) = ((n, max(p)) for n, p in times.items())
     if slow[0] != fast[0]:
         return ""
-    return f"; at {tokens_text(slow[0])} tokens {first} takes {slow[1] / fast[1]:.1f}x {second}'s"
+    at, factor = tokens_text(slow[0]), slow[1] / fast[1]
+    return f"; at {at} tokens, {first} takes {factor:.1f} times as long as {second}"

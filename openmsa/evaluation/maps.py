@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from openmsa.evaluation import canvas
 from openmsa.evaluation.figures import tokens_text
@@ -16,6 +16,7 @@ from openmsa.evaluation.inspection import SelectionMap
 from openmsa.evaluation.retrieval import RetrievalResult
 
 SEQUENTIAL = "cividis"  # made for colour-blind readers, and readable without colour
+MAPS_PER_ROW = 4  # as many as are large enough to read at report width
 
 
 def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
@@ -30,7 +31,7 @@ def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
         if (r.tasks, r.context_tokens, r.depths, r.total, r.seed) != shape:
             raise ValueError(f"results[{name!r}] is of another plan; evaluate all with one plan")
     with canvas.style():
-        height = 0.7 + len(first.tasks) * (0.55 + 0.2 * len(first.depths))
+        height = 0.9 + len(first.tasks) * (0.25 + 0.2 * len(first.depths))
         figure, axes = canvas.panels(
             len(first.tasks), len(results), height_inches=height, sharex=True, sharey=True
         )
@@ -38,9 +39,10 @@ def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
             task = first.tasks[place // len(results)]
             name = list(results)[place % len(results)]
             image = _needle_map(ax, results[name], task)
-            ax.set_title(f"{name}: {task.replace('_', ' ')}")
-        for ax in axes[:: len(results)]:
-            ax.set_ylabel("depth")
+            if place < len(results):
+                ax.set_title(name)
+            if place % len(results) == 0:
+                ax.set_ylabel(f"{task.replace('_', ' ')}\ndepth")
         for ax in axes[-len(results) :]:
             ax.set_xlabel("context (tokens)")
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
@@ -51,19 +53,23 @@ def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
 
 
 def selection_maps(maps: SelectionMap) -> Figure:
-    """Probability that a query block selects a key block: one row per layer, one column per group.
+    """Probability that a query block selects a key block: one map per layer and group.
 
     Key blocks run to the right, query blocks downwards; the future stays empty. The colour scale is
     stretched at its low end (square root), so that rare selections can be seen beside sure ones.
     """
     with canvas.style():
         groups = len(maps.probability[0])
-        side = (canvas.WIDTH_INCHES - 0.9) / max(groups, 3)
-        height = 0.6 + len(maps.layers) * (side + 0.15)
+        columns = groups * max(1, MAPS_PER_ROW // groups)
+        rows = -(-len(maps.layers) * groups // columns)
+        side = (canvas.WIDTH_INCHES - 1.3) / max(columns, 3)
         figure, axes = canvas.panels(
-            len(maps.layers), groups, height_inches=height, sharex=True, sharey=True
+            rows, columns, height_inches=0.6 + rows * (side + 0.25), sharex=True, sharey=True
         )
-        for place, ax in enumerate(axes):
+        figure.set_layout_engine("compressed", w_pad=0.05, h_pad=0.07)
+        for ax in axes[len(maps.layers) * groups :]:
+            ax.set_axis_off()
+        for place, ax in enumerate(axes[: len(maps.layers) * groups]):
             layer, group = divmod(place, groups)
             values = np.array(maps.probability[layer][group], dtype=float)
             image = ax.imshow(
@@ -75,9 +81,11 @@ def selection_maps(maps: SelectionMap) -> Figure:
             )
             ax.grid(False)
             ax.set_title(f"layer {maps.layers[layer]}, group {group}")
-        for ax in axes[::groups]:
+            ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
+            ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
+        for ax in axes[::columns]:
             ax.set_ylabel("query at token")
-        for ax in axes[-groups:]:
+        for ax in axes[-columns:]:
             ax.set_xlabel("key at token")
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
         bar.set_label("share of queries that select the block")
