@@ -1,0 +1,198 @@
+"""The cache of a sparse layer: index keys beside keys and values, through every operation of a
+transformers cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+NAMES = ("keys", "values", "index_keys")
+
+
+def msa_cache_layer(cache: Cache, layer: int) -> MSACacheLayer:
+    """The layer of `cache` for a sparse layer of the model; an empty DynamicCache's is exchanged
+    for ours.
+
+    Raises ValueError for any other kind of cache, and for one that a dense model has filled.
+    """
+    remedy = "pass DynamicCache(), or leave the cache out"
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"a converted model needs a DynamicCache, got {type(cache).__name__}; {remedy}"
+        )
+    make = getattr(cache, "layer_class_to_replicate", None)
+    while make is not None and len(cache.layers) <= layer:
+        cache.layers.append(make())
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    if isinstance(found, MSACacheLayer):
+        return found
+    if type(found) is not DynamicLayer:
+        kind = f"{type(cache).__name__} with {type(found).__name__}"
+        raise ValueError(
+            f"layer {layer} is sparse and keeps index keys, which {kind} cannot hold; {remedy}"
+        )
+    if found.get_seq_length() > 0:
+        raise ValueError(
+            f"the cache holds {found.get_seq_length()} tokens but no index keys for layer "
+            f"{layer}: another "
+            f"model filled it; {remedy} and run the converted model on the whole prompt"
+        )
+    cache.layers[layer] = MSACacheLayer()
+    return cache.layers[layer]
+
+
+class MSACacheLayer(DynamicLayer):
+    """Keys, values [b, g, s, d] and index_keys [b, s, d_index] of one layer.
+
+    The three are views of the first s rows of larger buffers, so appending a token writes a token.
+    A row that was read through one of the three names is never written again: whoever holds it
+    keeps what was read.
+    """
+
+    def __init__(self, **kwargs):
+        self._rows: dict[str, Tensor] = {}
+        self._length = 0
+        self._exposed = 0  # rows that an outside reader may still hold
+        self._staged: Tensor | None = None
+        self._handed: Tensor | None = None
+        super().__init__(**kwargs)
+
+    def _read(self, name: str) -> Tensor | None:
+        self.expose()
+        return self._view(name)
+
+    def _store(self, name: str, rows: Tensor | None) -> None:
+        """What a method of the base class that we do not know assigns: rows without room to
+        spare.
+        """
+        self._rows.pop(name, None)
+        if rows is not None:
+            self._rows[name] = rows
+            self._length = self._exposed = rows.shape[-2]
+
+    keys = property(lambda self: self._read("keys"), lambda self, rows: self._store("keys", rows))
+    values = property(
+        lambda self: self._read("values"), lambda self, rows: self._store("values", rows)
+    )
+    index_keys = property(lambda self: self._read("index_keys"))
+
+    def expose(self) -> None:
+        """From here on somebody outside may hold views of the rows."""
+        self._exposed = max(self._exposed, self._length)
+
+    def stage(self, index_keys: Tensor) -> None:
+        """Index keys [b, t, d_index] of the tokens whose keys and values the next `update`
+        brings.
+        """
+        self._staged = index_keys
+
+    def take_index(self) -> Tensor:
+        """All index keys [b, s, d_index] after `update`; once, for the attention of this step."""
+        handed, self._handed = self._handed, None
+        return handed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [b, g, t, d] with the staged index keys; all of each comes back.
+
+        Raises ValueError if no index keys were staged: a dense model uses a converted model's
+        cache.
+        """
+        index_keys, self._staged = self._staged, None
+        if index_keys is None:
+            raise ValueError(
+                "this cache belongs to a converted model and expects index keys, but none came "
+                "with the new keys; "
+                "give every model a cache of its own"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = dict(zip(NAMES, (key_states, value_states, index_keys), strict=True))
+        for name, rows in new.items():
+            self._append(name, rows)
+        self._exposed = min(self._exposed, self._length)
+        self._length += key_states.shape[-2]
+        if torch.is_grad_enabled():
+            self.expose()  # a graph may hold the rows
+        self._handed = self._view("index_keys")
+        return self._view("keys"), self._view("values")
+
+    def _append(self, name: str, new: Tensor) -> None:
+        rows, length = self._rows.get(name), self._length
+        grown = length + new.shape[-2]
+        if rows is not None and rows.shape[:-2] != new.shape[:-2]:
+            raise ValueError(
+                f"the cache holds {name} of shape {tuple(self._view(name).shape)}, the new ones "
+                "are "
+                f"{tuple(new.shape)}: only the number of tokens may differ"
+            )
+        if torch.is_grad_enabled() or (rows is not None and rows.dtype != new.dtype):
+            self._rows[name] = new if rows is None else torch.cat([rows[..., :length, :], new], -2)
+            return
+        if rows is None or not self._may_write(rows, grown):
+            room = grown + max(64, grown // 4)
+            bigger = new.new_empty(*new.shape[:-2], room, new.shape[-1])
+            if rows is not None:
+                bigger[..., :length, :] = rows[..., :length, :]
+            rows = self._rows[name] = bigger
+        rows[..., length:grown, :] = new
+
+    def _may_write(self, rows: Tensor, grown: int) -> bool:
+        return (
+            grown <= rows.shape[-2]
+            and self._length >= self._exposed
+            and not rows.requires_grad
+            and (not rows.is_inference() or torch.is_inference_mode_enabled())
+        )
+
+    def _view(self, name: str) -> Tensor | None:
+        rows = self._rows.get(name)
+        return None if rows is None else rows[..., : self._length, :]
+
+    def _change(self, change) -> None:
+        changed = {name: change(rows) for name, rows in self._rows.items()}
+        if any(changed[name] is not rows for name, rows in self._rows.items()):
+            self._rows, self._exposed = changed, 0
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last |tokens_to_remove| tokens; the number is negative or 0.
+
+        Raises ValueError for a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove} must be negative or 0; use "
+                f"-{tokens_to_remove} to forget that many"
+            )
+        self._length = max(0, self._length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda rows: rows[indices, ...])
+
+    def offload(self) -> None:
+        self._change(lambda rows: rows.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._change(lambda rows: rows.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self._rows, self._length, self._exposed = {}, 0, 0
+        self._staged = self._handed = None
+        self.is_initialized = False

@@ -1,0 +1,74 @@
+"""A dense model becomes MSA and back: in place, every other weight the same object."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from openmsa.hf import checks
+from openmsa.hf.attention import NAME
+from openmsa.hf.auto import config_class, model_class
+from openmsa.hf.classes import base_of
+from openmsa.hf.config import as_fields, sparse_layers
+from openmsa.hf.index_branch import derive_from_main
+from openmsa.hf.layers import make_dense, make_sparse
+from openmsa.hf.model import MSAModelMixin
+from openmsa.mechanisms.msa import MSAConfig
+
+STARTS = ("main", "random")
+
+
+def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") -> PreTrainedModel:
+    """Make a dense causal language model sparse, in place, and return it.
+
+    Every layer of `config.layers` (None: all) gets an index branch. The classes of these layers, of
+    the model and of its config become subclasses of what they were; all weights stay the same
+    objects. The phase is "sparse".
+    init: "main" starts the index from the main branch (see `derive_from_main`), which is useful
+    before any training; "random" as the model starts its own weights.
+
+    Raises ValueError, before anything is changed, for a model that cannot be converted (naming the
+    part that is missing or in the way), an already converted one, a config that does not fit it,
+    and weights that are not finite.
+    """
+    if isinstance(model, MSAModelMixin):
+        raise ValueError("model is already converted; call openmsa.hf.to_dense first to start over")
+    if init not in STARTS:
+        raise ValueError(f"init must be one of {', '.join(STARTS)}, got {init!r}")
+    if not isinstance(config, MSAConfig):
+        raise ValueError(f"config must be an openmsa.MSAConfig, got {type(config).__name__}")
+    checks.causal_lm(model)
+    every = checks.attentions(model)
+    for layer in sparse_layers(config, len(every)):
+        checks.can_follow(model, every[layer], checks.width(config, every[layer]))
+    checks.finite_weights(model)
+
+    kind = model.config.model_type
+    made, model.msa_dense_attention = config_class(kind), model.config._attn_implementation
+    model.config.__class__, model.__class__ = made, model_class(kind)
+    model.config.base_model_type, model.config.openmsa = kind, as_fields(config)
+    model.config._attn_implementation = NAME
+    make_sparse(model, config)
+    if init == "main":
+        for attention in model.msa_attentions():
+            derive_from_main(attention, attention.msa_d_index)
+    return model
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The way back, in place: the index is dropped, all else stays as it is now. Returns the model.
+
+    Raises ValueError for a model that is not converted.
+    """
+    if not isinstance(model, MSAModelMixin):
+        raise ValueError(f"model is a {type(model).__name__}, which is not converted")
+    for attention in model.msa_attentions():
+        make_dense(attention)
+    dense_attention = vars(model).pop("msa_dense_attention", None)
+    vars(model).pop("index_loss_weight", None)
+    model.__class__ = base_of(model, MSAModelMixin)
+    model.config.__class__ = model.config_class
+    del model.config.base_model_type, model.config.openmsa
+    model.config.architectures = [type(model).__name__]
+    model.config._attn_implementation = None
+    model.set_attn_implementation(dense_attention or model.get_correct_attn_implementation(None))
+    return model
