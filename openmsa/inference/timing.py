@@ -7,6 +7,7 @@ hours where dense attention is the subject.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ class DecodeTime:
 def decode_time(
     model: PreTrainedModel, context_tokens: int, *, steps: int = 16, warmup: int = 2
 ) -> DecodeTime:
-    """Time `steps` single-token passes of `model`, dense or MSA, over a cache of `context_tokens`
-    tokens.
+    """Time `steps` single-token passes of `model`, dense or MSA, over a cache of `context_tokens`.
 
-    Positions past what the model was trained for are timed like any others; nothing is said about
-    its answers there. Raises ValueError for counts below 1 and for a cache whose layers do not
-    keep every token (sliding windows).
+    Each model uses the cache that `generate` gives it; transformers' own copies all keys for every
+    new token, ours does not, and both are part of what a token costs. Positions past what the
+    model was trained for are timed like any others. Raises ValueError for counts below 1 and for a
+    cache that does not keep every token (sliding windows).
     """
     for name, value in (("context_tokens", context_tokens), ("steps", steps)):
         if value < 1:
@@ -52,39 +53,45 @@ def decode_time(
     return DecodeTime(context_tokens, statistics.median(times), min(times), steps)
 
 
+@torch.no_grad()
 def filled_cache(model: PreTrainedModel, context_tokens: int) -> DynamicCache:
-    """A cache of `context_tokens` tokens: the keys and values of a short prefill, repeated."""
+    """A cache of `context_tokens` tokens: what a short prefill put there, over and over."""
     rows = model.get_input_embeddings().weight.shape[0]
     num_seed = min(SEED_TOKENS, context_tokens)
     tokens = torch.randint(rows, (1, num_seed), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config.get_text_config())
-    model(tokens.to(model.device), cache=cache, use_cache=True, logits_to_keep=1)
+    _forward(model, tokens.to(model.device), cache)
     for layer in cache.layers:
-        for name, kept in list(vars(layer).items()):
-            if torch.is_tensor(kept) and kept.dim() >= 3 and kept.shape[-2] == num_seed:
-                setattr(layer, name, _repeated(kept, context_tokens))
-    if cache.get_seq_length() != context_tokens or any(
-        layer.keys.shape[-2] != context_tokens for layer in cache.layers
-    ):
-        raise ValueError(
-            "this model's cache drops old tokens (sliding window); timing by context needs one "
-            "that keeps them"
-        )
+        keys, values = layer.keys, layer.values
+        if keys is None or keys.shape[-2] != num_seed or layer.is_sliding:
+            raise ValueError(
+                "this model's cache does not keep every token (sliding window); timing by context "
+                "needs one that does"
+            )
+        if hasattr(layer, "stage"):
+            layer.stage(_more(layer.index_keys, context_tokens - num_seed))
+        layer.update(*(_more(rows, context_tokens - num_seed) for rows in (keys, values)))
     return cache
 
 
-def _repeated(kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """[..., tokens, dim] continued by itself to `num_tokens` tokens."""
-    times = -(-num_tokens // kept.shape[-2])
-    return torch.cat([kept] * times, dim=-2)[..., :num_tokens, :].contiguous()
+def _more(rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[..., num_tokens, dim]: the rows of [..., tokens, dim] over and over."""
+    order = torch.arange(num_tokens, device=rows.device) % rows.shape[-2]
+    return rows.index_select(-2, order)
 
 
-def _one_token_ms(model, token, cache) -> float:
+def _one_token_ms(model, token: torch.Tensor, cache: DynamicCache) -> float:
     _wait(token.device)
     start = time.perf_counter()
-    model(token, cache=cache, use_cache=True)
+    _forward(model, token, cache)
     _wait(token.device)
     return 1e3 * (time.perf_counter() - start)
+
+
+def _forward(model, tokens: torch.Tensor, cache: DynamicCache) -> None:
+    """One pass over a cache, under the name that this version of transformers gives it."""
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    model(tokens, use_cache=True, logits_to_keep=1, **{named: cache})
 
 
 def _wait(device: torch.device) -> None:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from openmsa import MSAConfig, hf
 from openmsa.inference import Sampling, generate
 from openmsa.training.byte_tokenizer import byte_tokenizer
+from tests.hf.tiny import tiny_model
 
 PROMPT = "the cat sat on the mat and the dog sat on "
 
@@ -21,19 +22,17 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        eos_token_id=256,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def sparse_model():
+    """Two blocks of 4 tokens are kept: a tenth of what the tests read."""
+    return hf.convert(tiny(), MSAConfig(block_size=4, top_k=2))
+
+
+def tiny():
+    return tiny_model(vocab_size=258, max_position_embeddings=128, eos_token_id=256)
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:
@@ -45,12 +44,24 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize("kind", ["model", "sparse_model"])
 @pytest.mark.parametrize("prefill_tokens", [1, 7, 16, 4096])
-def test_every_prefill_chunk_gives_the_tokens_of_the_full_pass(model, tokenizer, prefill_tokens):
+def test_every_prefill_chunk_gives_the_tokens_of_the_full_pass(
+    request, tokenizer, kind, prefill_tokens
+):
+    model = request.getfixturevalue(kind)
     told = generate(model, tokenizer, PROMPT, max_new_tokens=9, prefill_tokens=prefill_tokens)
     prompt = list(PROMPT.encode())
     assert [*prompt, *told.tokens] == greedy(model, prompt, 9)
     assert told.prompt_tokens == len(prompt)
+
+
+def test_the_sparse_model_reads_less_than_the_dense_one(model, sparse_model, tokenizer):
+    """Else the tests above would compare one model with itself."""
+    dense, sparse = (
+        generate(m, tokenizer, PROMPT * 2, max_new_tokens=20) for m in (model, sparse_model)
+    )
+    assert dense.tokens != sparse.tokens
 
 
 def test_streamed_pieces_join_to_the_text(model, tokenizer):

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from openmsa import MSAConfig, hf
 from openmsa.inference import decode_time
 from openmsa.inference.timing import SEED_TOKENS, filled_cache
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+from tests.hf.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    return tiny_model()
 
 
 @pytest.mark.parametrize("context", [1, SEED_TOKENS - 1, SEED_TOKENS, 3 * SEED_TOKENS + 5])
@@ -31,8 +23,18 @@ def test_the_cache_holds_exactly_the_context(model, context):
     with torch.no_grad():
         cache = filled_cache(model, context)
     for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (1, 2, context, 8)
+        assert layer.keys.shape == layer.values.shape == (1, 2, context, 16)
         assert torch.equal(layer.keys[..., -1, :], layer.keys[..., (context - 1) % SEED_TOKENS, :])
+
+
+def test_the_index_keys_of_a_converted_model_grow_along(model):
+    converted = hf.convert(copy.deepcopy(model), MSAConfig(block_size=4, top_k=2))
+    with torch.no_grad():
+        cache = filled_cache(converted, 150)
+    for layer in cache.layers:
+        assert layer.keys.shape[-2] == layer.index_keys.shape[-2] == 150
+        assert torch.equal(layer.index_keys[:, 149], layer.index_keys[:, 149 - 2 * SEED_TOKENS])
+    assert decode_time(converted, 150, steps=2).median_ms > 0
 
 
 def test_a_token_takes_time_and_the_mode_is_kept(model):
@@ -44,9 +46,8 @@ def test_a_token_takes_time_and_the_mode_is_kept(model):
 
 
 def test_a_cache_that_forgets_is_refused():
-    config = MistralConfig(**SIZES, sliding_window=32)
     with pytest.raises(ValueError, match="sliding window"):
-        decode_time(MistralForCausalLM(config), 100, steps=1)
+        decode_time(tiny_model("mistral", sliding_window=32), 100, steps=1)
 
 
 @pytest.mark.parametrize("wrong", [{"context_tokens": 0}, {"context_tokens": 4, "steps": 0}])
