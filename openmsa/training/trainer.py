@@ -141,7 +141,9 @@ class Probe(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0 or state.global_step in (1, args.max_steps):
+            wanted = control.should_log
             self.trainer.log(measured(model, self.measure))
+            control.should_log = wanted  # logging takes the step's own request for a log away
 
 
 def measured(model: torch.nn.Module, measure: Callable[[torch.nn.Module], dict]) -> dict:
