@@ -122,14 +122,26 @@ def picture(svg: str, name: str, description: str) -> str:
     start, stop = svg.index("<svg"), svg.rindex("</svg>") + len("</svg>")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[start:stop], flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = _own_ids(svg, name)
     for colour, (variable, *_) in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")
     said = escape(description, quote=True)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{said}"', 1)
     return f'<figure><div class="wide">{svg}</div></figure>'
+
+
+def _own_ids(svg: str, name: str) -> str:
+    """Ids with `name` before them; those that nothing refers to, and repeated ones, are left out."""
+    wanted = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+
+    def kept(match: re.Match) -> str:
+        if match[1] not in wanted:
+            return ""
+        wanted.remove(match[1])
+        return f' id="{name}-{match[1]}"'
+
+    svg = re.sub(r'\sid="([^"]+)"', kept, svg)
+    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
 
 
 def _style() -> str:

@@ -201,8 +201,8 @@ def probe(model, input_ids: Tensor, *, max_queries: int = 64) -> dict[str, float
 
 
 def _counting_rows(q: Tensor, k: Tensor, budget: int, max_queries: int | None) -> Tensor:
-    """Query rows of one sequence with more than `budget` visible keys in whole blocks before."""
-    first = max(0, budget - (len(k) - len(q)))
+    """Query rows of one sequence that see more blocks than the budget holds."""
+    first = min(len(q), max(0, budget - (len(k) - len(q))))
     rows = torch.arange(first, len(q), device=q.device)
     if max_queries is not None and len(rows) > max_queries:
         rows = rows[torch.linspace(0, len(rows) - 1, max_queries, device=q.device).round().long()]

@@ -171,7 +171,7 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     rate = correct / total
     middle = (rate + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total**2)) / (1 + z * z / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def _answers(model, tokenizer, batch: Sequence[Question]) -> list[str]:
