@@ -4,6 +4,8 @@ touched.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -36,16 +38,26 @@ def causal_lm(model: nn.Module) -> None:
             f"model is a {kind}; only the causal language models that AutoModelForCausalLM makes "
             "can be converted"
         )
-    if not (model._supports_attention_backend and model._supports_sdpa):
+    if not model._supports_attention_backend:
         raise ValueError(
-            f"{kind} does not choose its attention function through transformers' "
-            "AttentionInterface"
+            f"{kind} does not choose its attention function by transformers' AttentionInterface"
         )
+    if hasattr(model.config, "index_n_heads"):
+        raise ValueError(f"{kind} has an index of its own already (index_n_heads in its config)")
     if "forward" in vars(model) or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(
             f"this {kind} is already dispatched or prepared by accelerate; convert it right "
             "after loading it on one "
             "device, save it, and load the result with device_map"
+        )
+
+
+def dense_layers(model: PreTrainedModel, config: MSAConfig) -> None:
+    """Raises ValueError if layers stay dense that need more than scaled dot product attention."""
+    if config.layers is not None and not model._supports_sdpa:
+        raise ValueError(
+            f"{type(model).__name__} cannot run the layers that stay dense by scaled dot product "
+            "attention; leave layers out to convert all of them"
         )
 
 
@@ -181,7 +193,9 @@ def _probe(model, attention, hidden: Tensor, seen: dict, kind: str) -> tuple[Ten
     model.config._attn_implementation = PROBE
     try:
         positions = torch.arange(3, 3 + hidden.shape[1], device=hidden.device)[None]
-        turns = model.base_model.rotary_emb(hidden, positions)
+        rotary = model.base_model.rotary_emb
+        by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+        turns = rotary(hidden, positions, *([attention.layer_type] if by_kind else []))
         attention(hidden, position_embeddings=turns, attention_mask=None, msa_probe=seen)
         cos, sin = turns
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
@@ -200,22 +214,19 @@ def _spy(module, query, key, value, attention_mask, **arguments):
 
 
 def _features(arguments: dict, kind: str, model: PreTrainedModel) -> None:
-    window = arguments.get("sliding_window")
-    if window is not None:
-        types = getattr(model.config, "layer_types", None) or []
-        full = tuple(i for i, name in enumerate(types) if name == "full_attention")
-        remedy = (
-            f"layers={full}" if full else "sliding_window=None in its config, if it was trained so"
-        )
-        raise ValueError(
-            f"{kind} attends within a sliding window of {window} tokens and gains nothing from "
-            "block selection; "
-            f"convert with {remedy}"
-        )
     more = [k for k, v in arguments.items() if k not in _HANDED and v is not None]
     if more:
         raise ValueError(
             f"{kind} hands {', '.join(more)} to its attention, which MSA has no place for"
+        )
+    window = arguments.get("sliding_window")
+    if window is not None:
+        types = getattr(model.config, "layer_types", None) or []
+        full = tuple(i for i, name in enumerate(types) if name == "full_attention")
+        remedy = f"layers={full}" if full else "sliding_window=None in its config, if that is right"
+        raise ValueError(
+            f"{kind} attends within a sliding window of {window} tokens and gains nothing from "
+            f"block selection; convert with {remedy}"
         )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+import copy
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from openmsa.hf import checks
 from openmsa.hf.attention import NAME
 from openmsa.hf.auto import config_class, model_class
 from openmsa.hf.classes import base_of
 from openmsa.hf.config import as_fields, sparse_layers
-from openmsa.hf.index_branch import derive_from_main
 from openmsa.hf.layers import make_dense, make_sparse
 from openmsa.hf.model import MSAModelMixin
 from openmsa.mechanisms.msa import MSAConfig
@@ -20,9 +21,9 @@ STARTS = ("main", "random")
 def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") -> PreTrainedModel:
     """Make a dense causal language model sparse, in place, and return it.
 
-    Every layer of `config.layers` (None: all) gets an index branch. The classes of these layers, of
-    the model and of its config become subclasses of what they were; all weights stay the same
-    objects. The phase is "sparse".
+    Every layer of `config.layers` (None: all) gets an index branch. The classes of these layers and
+    of the model become subclasses of what they were, model.config a copy of such a class; all
+    weights stay the same objects. The phase is "sparse".
     init: "main" starts the index from the main branch (see `derive_from_main`), which is useful
     before any training; "random" as the model starts its own weights.
 
@@ -40,17 +41,16 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
     every = checks.attentions(model)
     for layer in sparse_layers(config, len(every)):
         checks.can_follow(model, every[layer], checks.width(config, every[layer]))
+    checks.dense_layers(model, config)
     checks.finite_weights(model)
 
     kind = model.config.model_type
-    made, model.msa_dense_attention = config_class(kind), model.config._attn_implementation
-    model.config.__class__, model.__class__ = made, model_class(kind)
-    model.config.base_model_type, model.config.openmsa = kind, as_fields(config)
-    model.config._attn_implementation = NAME
-    make_sparse(model, config)
-    if init == "main":
-        for attention in model.msa_attentions():
-            derive_from_main(attention, attention.msa_d_index)
+    model.msa_dense_attention = model.config._attn_implementation
+    model.__class__ = model_class(kind)
+    made = _own_config(model, config_class(kind))
+    made.base_model_type, made.openmsa = kind, as_fields(config)
+    made._attn_implementation = NAME
+    make_sparse(model, config, init)
     return model
 
 
@@ -66,9 +66,20 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     dense_attention = vars(model).pop("msa_dense_attention", None)
     vars(model).pop("index_loss_weight", None)
     model.__class__ = base_of(model, MSAModelMixin)
-    model.config.__class__ = model.config_class
-    del model.config.base_model_type, model.config.openmsa
-    model.config.architectures = [type(model).__name__]
-    model.config._attn_implementation = None
+    made = _own_config(model, model.config_class)
+    del made.base_model_type, made.openmsa
+    made.architectures = [type(model).__name__]
+    made._attn_implementation = None
     model.set_attn_implementation(dense_attention or model.get_correct_attn_implementation(None))
     return model
+
+
+def _own_config(model: PreTrainedModel, kind: type) -> PreTrainedConfig:
+    """Exchange the config for a copy of class `kind`: another model may share the old one."""
+    old = model.config
+    made = copy.deepcopy(old)
+    made.__class__ = kind
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = made
+    return made

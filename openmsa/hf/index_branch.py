@@ -59,11 +59,10 @@ def add_index_branch(attention: nn.Module, d_index: int) -> None:
 
 
 def _norm_like(norm: nn.Module, channels: Tensor) -> nn.Module:
-    """A norm of the same class over fewer channels, starting from the same weights."""
+    """A norm of the same class over fewer channels."""
     ours = copy.deepcopy(norm)
     for name, weight in list(ours.named_parameters(recurse=False)):
-        kept = weight.detach()[channels.to(weight.device)].clone()
-        setattr(ours, name, nn.Parameter(kept))
+        setattr(ours, name, nn.Parameter(weight.detach()[channels.to(weight.device)].clone()))
     return ours
 
 
@@ -94,8 +93,13 @@ def derive_from_main(attention: nn.Module, d_index: int) -> None:
         if k is not None:
             mean = k.unflatten(0, (-1, dim)).float().mean(0)[channels]
             getattr(attention.index_k_proj, name).copy_(mean)
+    for ours, main in NORMS.items():
+        if hasattr(attention, ours):
+            for name, weight in getattr(attention, ours).named_parameters():
+                weight.copy_(getattr(attention, main).get_parameter(name)[channels])
 
 
+@torch.no_grad()
 def start_at_random(attention: nn.Module, initialise) -> None:
     """Start the index as the model starts its own modules; `initialise` is its _init_weights."""
     for name in MODULES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -10,12 +9,21 @@ from openmsa.hf import checks
 from openmsa.hf.attention import MSAAttentionMixin
 from openmsa.hf.classes import attention_class, base_of
 from openmsa.hf.config import sparse_layers
-from openmsa.hf.index_branch import add_index_branch, remove_index_branch, start_at_random
+from openmsa.hf.index_branch import (
+    add_index_branch,
+    derive_from_main,
+    remove_index_branch,
+    start_at_random,
+)
 from openmsa.mechanisms.msa import MSAConfig
 
 
-def make_sparse(model: PreTrainedModel, config: MSAConfig) -> None:
-    """Give the chosen layers of `model` their class and an index branch that starts at random."""
+def make_sparse(model: PreTrainedModel, config: MSAConfig, init: str = "random") -> None:
+    """Give the chosen layers of `model` their class and an index branch.
+
+    init: "main" derives the index from the main branch, "random" starts it as the model starts its
+    own modules.
+    """
     every = checks.attentions(model)
     for layer in sparse_layers(config, len(every)):
         attention = every[layer]
@@ -23,7 +31,9 @@ def make_sparse(model: PreTrainedModel, config: MSAConfig) -> None:
         attention.__class__ = attention_class(type(attention))
         attention.msa, attention.msa_d_index = config, d_index
         add_index_branch(attention, d_index)
-        with torch.no_grad():
+        if init == "main":
+            derive_from_main(attention, d_index)
+        else:
             start_at_random(attention, model._init_weights)
 
 

@@ -107,8 +107,8 @@ class MSAModelMixin:
         )
         if layout is not None and layout.query_slots is None:
             _leave_cache_out(kwargs)
-            if kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = _positions(borders, num_queries)
+            if borders is not None:  # said in the one way that the dense layers understand
+                kwargs |= {"attention_mask": None, "position_ids": _positions(borders, num_queries)}
         self._check_length(num_cached + num_queries if layout is None else layout.longest)
         return layout
 

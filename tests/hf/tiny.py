@@ -4,11 +4,19 @@ the budget.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+import openmsa
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 VOCABULARY = 61
+SPARSE = openmsa.MSAConfig(block_size=4, top_k=3)  # 12 tokens of contexts of 40 and more
+EVERYTHING = openmsa.MSAConfig(block_size=4, top_k=64)
+_NAMES = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _NAMES else "past_key_values"  # renamed in transformers 5.24
 
 
 def tiny_model(family: str = "qwen3", *, seed: int = 0, **fields) -> PreTrainedModel:
@@ -45,3 +53,9 @@ def tiny_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64, never the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, shape, generator=generator)
+
+
+def logits(model, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits without a graph."""
+    with torch.no_grad():
+        return model(input_ids, **inputs).logits
