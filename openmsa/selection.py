@@ -11,9 +11,10 @@ from torch import Tensor, int32
 class Selection:
     """Which blocks of keys every query token reads.
 
-    blocks: int32 [b, g, t, k]; g is 1 (one choice for all heads), the number of KV heads, or the number of query
-        heads. Each row holds block numbers, ascending, then -1 in the empty slots. Block number m is the keys
-        m * block_size ... (m + 1) * block_size - 1 of the query's own sequence.
+    blocks: int32 [b, g, t, k]; g is 1 (one choice for all heads), the number of KV heads, or the
+    number of query
+        heads. Each row holds block numbers, ascending, then -1 in the empty slots. Block number m
+        is the keys m * block_size ... (m + 1) * block_size - 1 of the query's own sequence.
     block_size: tokens in a block.
 
     Raises ValueError for blocks of another rank or dtype and for a block size below 1.

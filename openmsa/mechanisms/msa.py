@@ -25,10 +25,11 @@ PHASES = ("dense", "warmup", "sparse")
 
 @dataclass(frozen=True)
 class MSAConfig:
-    """What MSA adds to a model. Sizes are in tokens (block_size), blocks (top_k, *_blocks) and channels (d_index).
+    """What MSA adds to a model. Sizes are in tokens (block_size), blocks (top_k, *_blocks) and
+    channels (d_index).
 
-    d_index: width of the index, None for the model's head dim. layers: which layers become sparse, None for all.
-    Raises ValueError for values that contradict each other.
+    d_index: width of the index, None for the model's head dim. layers: which layers become sparse,
+    None for all. Raises ValueError for values that contradict each other.
     """
 
     block_size: int = 128
@@ -97,11 +98,13 @@ def msa_attention(
     cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> MSAOutput:
-    """MSA of one layer: q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value], q_index [b, t, g, di], k_index [b, s, di].
+    """MSA of one layer: q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value], q_index [b, t, g,
+    di], k_index [b, s, di].
 
-    phase "dense": dense attention, the index is not used. "warmup": dense attention and the loss over the whole prefix.
-    "sparse": select, attend, and the loss over the selected blocks. q, k, v get their gradient from `out` only, q_index
-    and k_index from `index_loss` only. Raises ValueError for an unknown phase and arguments that do not fit together.
+    phase "dense": dense attention, the index is not used. "warmup": dense attention and the loss
+    over the whole prefix. "sparse": select, attend, and the loss over the selected blocks. q, k, v
+    get their gradient from `out` only, q_index and k_index from `index_loss` only. Raises
+    ValueError for an unknown phase and arguments that do not fit together.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")

@@ -21,13 +21,14 @@ def availability() -> dict[str, str | None]:
 
 
 def choose(backend: str | None, device: torch.device | str) -> str:
-    """The backend for tensors on `device`: the one asked for, or the fastest usable one if `backend` is None.
+    """The backend for tensors on `device`: the one asked for, or the fastest usable one if
+    `backend` is None.
 
     Raises ValueError for an unknown name and for a backend that is not usable here.
     """
     usable = [name for name, reason in _UNAVAILABLE.items() if reason is None]
     if backend is None:
-        return "reference"
+        return "portable"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; usable on {device}: {', '.join(usable)}")
     if (reason := _UNAVAILABLE[backend]) is not None:

@@ -1,12 +1,14 @@
-"""What the doors refuse, once, before any work. Shapes and plain numbers only: never a tensor's contents on a device.
+"""What the doors refuse, once, before any work. Shapes and plain numbers only: never a tensor's
+contents on a device.
 
-The one exception is `cu_seqlens` on the CPU, where reading costs nothing; on an accelerator reading would stall the
-queue, so there the caller vouches for them.
+The one exception is `cu_seqlens` on the CPU, where reading costs nothing; on an accelerator reading
+would stall the queue, so there the caller vouches for them.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,6 +51,21 @@ def heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"the {h} heads of q must be a multiple of the {g} KV heads of k")
     if q.shape[3] < 1:
         raise ValueError("q must have at least 1 channel per head, got 0")
+
+
+def index_belongs(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor) -> None:
+    """One index query per KV head and query token, one index key per key token, on the same
+    device."""
+    wanted = (*q.shape[:2], k.shape[2])
+    if tuple(q_index.shape[:3]) != wanted:
+        raise ValueError(
+            f"q_index must be [b, t, g, d_index] with b, t, g = {wanted} as in q and k, "
+            f"got shape {tuple(q_index.shape)}"
+        )
+    if k_index.shape[1] != k.shape[1]:
+        raise ValueError(f"k_index has {k_index.shape[1]} tokens but k has {k.shape[1]}")
+    if q_index.device != q.device:
+        raise ValueError(f"q_index is on {q_index.device} but q is on {q.device}")
 
 
 def positive(**numbers: int) -> None:
@@ -121,7 +138,8 @@ def per_query(name: str, tensor: Tensor | None, shape: tuple[int, ...], q: Tenso
 def sequences(
     q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Query tokens must fit the key tokens. Returns both borders, cu_seqlens_q standing for both if t equals s."""
+    """Query tokens must fit the key tokens. Returns both borders, cu_seqlens_q standing for both if
+    t equals s."""
     t, s = q.shape[1], k.shape[1]
     if cu_seqlens_q is None and cu_seqlens_k is None:
         if t > s:
@@ -171,7 +189,7 @@ def _borders(borders_q: list[int], borders_k: list[int], t: int, s: int) -> None
             raise ValueError(
                 f"{name} must start at 0 and end at the {total} tokens given, got {borders[0]} ... {borders[-1]}"
             )
-        for i, (here, there) in enumerate(zip(borders, borders[1:], strict=False)):
+        for i, (here, there) in enumerate(pairwise(borders)):
             if there < here:
                 raise ValueError(
                     f"{name} must ascend, but entry {i} is {here} and entry {i + 1} is {there}"
@@ -183,9 +201,21 @@ def _borders(borders_q: list[int], borders_k: list[int], t: int, s: int) -> None
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating tensors to the autocast dtype where autocast is on, as torch's own attention does."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    """Cast to the autocast dtype where autocast is on, as torch's own attention does."""
+    if not _autocast_is_on(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def one_dtype(q_index: Tensor, k_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast the two may differ and meet in the wider dtype: index scores stay fp32."""
+    if not _autocast_is_on(q_index):
+        return q_index, k_index
+    dtype = torch.promote_types(q_index.dtype, k_index.dtype)
+    return q_index.to(dtype), k_index.to(dtype)
+
+
+def _autocast_is_on(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

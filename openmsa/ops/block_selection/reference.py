@@ -27,7 +27,8 @@ def select_blocks(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """q_index [b, t, g, di], k_index [b, s, di] -> int32 [b, g, t, top_k], ascending, -1 at the end."""
+    """q_index [b, t, g, di], k_index [b, s, di] -> int32 [b, g, t, top_k], ascending, -1 at the
+    end."""
     rule = (block_size, top_k, local_blocks, sink_blocks)
     compute = torch.float64 if q_index.dtype == torch.float64 else torch.float32
     q_index, k_index = q_index.detach().to(compute), k_index.detach().to(compute)
@@ -57,8 +58,9 @@ def _one_sequence(q_index, k_index, index_scale, rule):
     forced = (block > own - local_blocks) | (block < sink_blocks)
     rank = torch.where(block > own, HIDDEN, torch.where(forced, FORCED, VISIBLE)).expand_as(best)
 
-    # Two stable sorts: the second keeps the order of the first among equals, so equal scores stay in block order
-    # and a forced block never competes by score. Sorting numbers, not signs: -0 and +0 are equal here.
+    # Two stable sorts: the second keeps the order of the first among equals, so equal scores stay
+    # in block order and a forced block never competes by score. Sorting numbers, not signs: -0 and
+    # +0 are equal here.
     order = best.sort(dim=-1, descending=True, stable=True).indices
     order = order.gather(
         -1, rank.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices

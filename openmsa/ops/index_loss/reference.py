@@ -1,11 +1,14 @@
-"""How far the index is from the attention it must predict, by definition: dense masks, plain autograd.
+"""How far the index is from the attention it must predict, by definition: dense masks, plain
+autograd.
 
     P[t, s, g]      = mean over the group's heads h of softmax over s of (q[t, h] . k[s, g] * scale)       the teacher
     P_idx[t, s, g]  = softmax over s of (q_index[t, g] . k_index[s] * index_scale)                         the student
     loss            = sum over t, g of w[t] KL(sg(P) || P_idx) / (sum of w * number of groups)             (MSA eqs. 9-10)
-                      s: the visible keys of the selected blocks, or every visible key if nothing is selected for us
+                      s: the visible keys of the selected blocks, or every visible key if nothing is
+                      selected for us
 
-Each head is renormalised on that support first and averaged second; the other order is another quantity.
+Each head is renormalised on that support first and averaged second; the other order is another
+quantity.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ def index_loss(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """q [b, t, h, d], k [b, s, g, d], q_index [b, t, g, di], k_index [b, s, di], blocks [b, 1 | g, t, n] -> scalar."""
+    """q [b, t, h, d], k [b, s, g, d], q_index [b, t, g, di], k_index [b, s, di], blocks [b, 1 | g,
+    t, n] -> scalar."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     w = torch.ones(q.shape[:2], device=q.device) if row_weights is None else row_weights.detach()
     w = w.to(compute)

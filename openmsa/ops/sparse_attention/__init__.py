@@ -6,10 +6,14 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.sparse_attention import reference
+from openmsa.ops.sparse_attention import portable, reference
+from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+_IMPLEMENTATIONS = {
+    "reference": reference.sparse_attention,
+    "portable": portable.sparse_attention,
+}
 
 
 def sparse_attention(
@@ -26,14 +30,16 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of every query over the visible keys of its selected blocks (MSA eq. 8).
 
-    q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value]; head i belongs to KV head i // (h / g). `selection` has 1, g or
-    h groups. Queries are the last t of the s keys of their sequence. scale: default 1 / sqrt(d). Empty slots (-1),
-    blocks outside the sequence and repeated blocks add nothing. Packed sequences: batch 1, cu_seqlens_q and
-    cu_seqlens_k int32 [sequences + 1]; their contents are checked on the CPU only.
+    q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value]; head i belongs to KV head i // (h / g).
+    `selection` has 1, g or h groups. Queries are the last t of the s keys of their sequence. scale:
+    default 1 / sqrt(d). Empty slots (-1), blocks outside the sequence and repeated blocks add
+    nothing. Packed sequences: batch 1, cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]; their
+    contents are checked on the CPU only.
 
-    Returns out [b, t, h, d_value] and, with `return_lse`, the natural log of the sum of exponentiated scaled scores,
-    fp32 [b, t, h]. A query with nothing selected has output 0, lse -inf and gradient 0. lse carries no gradient.
-    Raises ValueError for arguments that do not fit together.
+    Returns out [b, t, h, d_value] and, with `return_lse`, the natural log of the sum of
+    exponentiated scaled scores, fp32 [b, t, h]. A query with nothing selected has output 0, lse
+    -inf and gradient 0. lse carries no gradient. Raises ValueError for arguments that do not fit
+    together.
     """
     q, k, v = checks.autocast(q, k, v)
     checks.shapes(q=(q, "b t h d"), k=(k, "b s g d"), v=(v, "b s g d_value"))
@@ -42,14 +48,15 @@ def sparse_attention(
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     run = _IMPLEMENTATIONS[backends.choose(backend, q.device)]
-    out, lse = run(
-        q,
-        k,
-        v,
-        selection.blocks,
-        block_size=selection.block_size,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    with no_autocast(q):
+        out, lse = run(
+            q,
+            k,
+            v,
+            selection.blocks,
+            block_size=selection.block_size,
+            scale=scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
     return (out, lse.detach()) if return_lse else out

@@ -25,7 +25,8 @@ def sparse_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [b, t, h, d], k [b, s, g, d], v [b, s, g, dv], blocks [b, 1 | g | h, t, n] -> out [b, t, h, dv], lse [b, t, h]."""
+    """q [b, t, h, d], k [b, s, g, d], v [b, s, g, dv], blocks [b, 1 | g | h, t, n] -> out [b, t, h,
+    dv], lse [b, t, h]."""
     if cu_seqlens_q is None:
         return _one_sequence(q, k, v, blocks, block_size, scale)
     tq, sk = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()

@@ -1,0 +1,115 @@
+"""Prefixes: dense causal work cut into pieces of queries with every key that the last of them sees.
+
+A piece belongs to one sequence and some KV heads. Its scores are a whole number of rows, so a
+softmax needs no second pass, and only the last keys of a piece, those beside its own queries, need
+a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openmsa.ops.workspace import accumulate_dtype, rows_at_once
+
+
+@dataclass(frozen=True)
+class Piece:
+    """queries and keys are places on the token axes; the first query sees `seen` + 1 of the piece's
+    keys."""
+
+    batch: int
+    heads: slice  # KV heads
+    queries: slice
+    keys: slice
+    seen: int
+
+
+def pieces(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    bytes_per_score: int,
+) -> Iterator[Piece]:
+    """Cut q [b, t, h, d] against k [b, s, g, d] so that a piece's scores fit the workspace."""
+    g = k.shape[2]
+    r = q.shape[2] // g
+    for batch, q0, q1, k0, k1 in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+        t, s = q1 - q0, k1 - k0
+        if t == 0:
+            continue
+        at_once = rows_at_once(bytes_per_score * r * s, q.device, wanted=-(-64 // r))
+        # A quarter of the queries at most: early queries then skip most of the keys.
+        tokens = min(at_once, max(64, -(-t // 4)), t)
+        heads = max(1, min(g, at_once // tokens))
+        for g0 in range(0, g, heads):
+            for t0 in range(0, t, tokens):
+                t1 = min(t, t0 + tokens)
+                yield Piece(
+                    batch=batch,
+                    heads=slice(g0, min(g, g0 + heads)),
+                    queries=slice(q0 + t0, q0 + t1),
+                    keys=slice(k0, k1 - t + t1),
+                    seen=s - t + t0,
+                )
+
+
+def _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+    if cu_seqlens_q is None:
+        return [(i, 0, q.shape[1], 0, k.shape[1]) for i in range(q.shape[0])]
+    borders_q, borders_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [(0, *borders_q[i : i + 2], *borders_k[i : i + 2]) for i in range(len(borders_q) - 1)]
+
+
+def queries_of(x: Tensor, piece: Piece, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """x [b, t, h, d] -> [heads, r * tokens, d], a group's heads one after the other."""
+    x = x[piece.batch, piece.queries].unflatten(1, (kv_heads, -1))[:, piece.heads]
+    return x.permute(1, 2, 0, 3).flatten(1, 2).to(dtype)
+
+
+def put_queries(x: Tensor, piece: Piece, kv_heads: int, values: Tensor) -> None:
+    """Write [heads, r * tokens, d] back to where `queries_of` took it from."""
+    x = x[piece.batch, piece.queries].unflatten(1, (kv_heads, -1))[:, piece.heads]
+    x.copy_(values.unflatten(1, (x.shape[2], x.shape[0])).permute(2, 0, 1, 3))
+
+
+def keys_of(x: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """x [b, s, g, d] -> [heads, keys, d]"""
+    return x[piece.batch, piece.keys, piece.heads].transpose(0, 1).to(dtype)
+
+
+def clean(t: int, *keys: Tensor) -> tuple[Tensor | None, ...]:
+    """keys [b, s, g, d] ... -> poison [b, s, g], NaN where one is not finite and else 0, and keys
+    with those zeroed.
+
+    A weight of 0 times NaN is NaN, so without this a query would be spoilt by keys after it. None:
+    nothing to do.
+    """
+    if t <= 1:  # nothing comes after a single query
+        return None, *keys
+    sums = accumulate_dtype(keys[0])
+    spoilt = ~sum(x.sum(-1, dtype=sums) for x in keys).isfinite()
+    if spoilt.device.type == "cpu" and not spoilt.any():
+        return None, *keys
+    keys = tuple(x.masked_fill(spoilt[..., None], 0) for x in keys)
+    return torch.where(spoilt, math.nan, 0.0).to(sums), *keys
+
+
+def scores(q: Tensor, k: Tensor, piece: Piece, scale: float, poison: Tensor | None) -> Tensor:
+    """q [heads, r * tokens, d], k [heads, keys, d] -> scaled scores [heads, r, tokens, keys], -inf
+    in the future."""
+    tokens = piece.queries.stop - piece.queries.start
+    x = torch.bmm(q, k.mT).to(accumulate_dtype(q)).mul_(scale).unflatten(1, (-1, tokens))
+    here = torch.arange(tokens, device=q.device)
+    seen = x.new_zeros(1, 1, 1)
+    if poison is not None:
+        poison = poison[piece.batch, piece.keys, piece.heads].mT[:, None, None]
+        x[..., : piece.seen].add_(poison[..., : piece.seen])
+        seen = poison[..., piece.seen :]
+    x[..., piece.seen :].add_(torch.where(here > here[:, None], -math.inf, seen))
+    return x
