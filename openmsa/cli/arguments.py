@@ -54,13 +54,12 @@ def layer_list(text: str) -> tuple[int, ...] | str | None:
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
             raise argparse.ArgumentTypeError(
                 f'{part!r} is no layer number or range; write "0,2-5", "all" or "auto"'
             )
-        layers.update(range(int(first), int(last or first) + 1))
-    if not layers:
-        raise argparse.ArgumentTypeError(f"{text!r} names no layer")
+        layers.update(range(int(first), int(last) + 1))
     return tuple(sorted(layers))
 
 

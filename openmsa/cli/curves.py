@@ -26,27 +26,15 @@ def report(lines: list[dict], recipe) -> None:
     table(f"Trained by {recipe.name}", columns, rows)
 
 
-def draw_curves(lines: list[dict], recipe, folder: Path) -> None:
+def draw_curves(lines: list[dict], folder: Path) -> None:
     """Write the log as json, and the curves of losses and recall as svg and png."""
     from openmsa.evaluation import canvas, figures
 
     write_json(folder / "history.json", lines)
-    shown = continued(lines, recipe)
-    key = "lm_loss" if any("lm_loss" in line for line in shown) else "loss"
-    if any(key in line for line in shown):
-        drawn = figures.training_curves(shown, loss_key=key, index_prefix=KL)
-        canvas.save(drawn, folder / "losses")
-    if any(RECALL[0] in line for line in shown):
-        canvas.save(figures.recall_curves(shown), folder / "recall")
-
-
-def continued(lines: list[dict], recipe) -> list[dict]:
-    """The log with steps counted over all phases."""
-    before, starts = 0, {}
-    for phase in recipe.phases:
-        starts[phase.name] = before
-        before += phase.steps
-    return [{**line, "step": line["step"] + starts[line["phase"]]} for line in lines]
+    if any("loss" in line for line in lines):
+        canvas.save(figures.training_curves(lines), folder / "losses")
+    if any(RECALL[0] in line for line in lines):
+        canvas.save(figures.recall_curves(lines), folder / "recall")
 
 
 def _last(lines: list[dict], prefix: str) -> dict:

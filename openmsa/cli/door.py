@@ -74,7 +74,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return "out of memory: smaller batch or context", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1
-    if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
+    if isinstance(error, (ValueError, OSError)):
         return str(error) or type(error).__name__, 1
     return None, 1
 

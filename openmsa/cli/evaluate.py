@@ -150,6 +150,9 @@ def shared_tokenizer(sources: list[str]):
 
 
 def distinct_names(sources: list[str]) -> list[str]:
-    """Short names for tables; whole ones where two would be the same."""
-    short = [short_name(source) for source in sources]
-    return short if len(set(short)) == len(short) else list(sources)
+    """Short names for tables; whole ones, and then numbers, where two would be the same."""
+    names = [short_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        names = list(sources)
+    seen = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({again + 1})" if again else name for name, again in zip(names, seen)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,11 +51,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     target = pick_device(device)
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    import openmsa.hf  # noqa: F401  so that the classes of MSA checkpoints are known
-
-    logging.set_verbosity_error()
+    _prepare()
     model, told = _from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -75,6 +73,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     check_name(name)
     from transformers import AutoTokenizer
 
+    _prepare()
     return _from_pretrained(AutoTokenizer, name)
 
 
@@ -83,11 +82,24 @@ def short_name(name: str) -> str:
     return Path(name.rstrip("/")).name or name
 
 
+def _prepare() -> None:
+    """Make MSA checkpoints known to transformers, and keep its chatter off the screen."""
+    from transformers.utils import logging
+
+    import openmsa.hf  # noqa: F401
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def _from_pretrained(kind, name: str, **options):
+    from safetensors import SafetensorError
+
     local = Path(name).expanduser()
     try:
         return kind.from_pretrained(local if local.is_dir() else name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         where = "" if local.is_dir() else ", which is no folder here,"
         raise OSError(f"cannot load {name}{where} as a {_what(kind)}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from openmsa.training import Recipe
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -33,6 +36,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"there is no recipe {name!r}; {hint}, or give a .json or .yaml file")
     for change in changes:
         _change(plain, change)
+    _check_kinds(plain)
     with usage_checked():
         return recipe_from_dict(plain)
 
@@ -55,6 +59,30 @@ def _read_file(path: Path) -> dict:
     if not isinstance(plain, dict):
         raise UsageError(f"{path} holds no recipe: it must be a mapping of keys to values")
     return plain
+
+
+def _check_kinds(plain: dict) -> None:
+    """Raise UsageError where a value is of another kind than its key: "many" for a number."""
+    from openmsa.training import DataConfig, Phase, Recipe
+
+    phases, data = plain.get("phases", []), plain.get("data", {})
+    if not isinstance(phases, (list, tuple)) or not all(isinstance(p, dict) for p in phases):
+        raise UsageError("the recipe's phases must be a list of mappings, one for each phase")
+    if not isinstance(data, dict):
+        raise UsageError("the recipe's data must be a mapping of keys to values")
+    for kind, entry in ((Recipe, plain), (DataConfig, data), *((Phase, p) for p in phases)):
+        for field in dataclasses.fields(kind):
+            wanted = KINDS.get(type(field.default))
+            value = entry.get(field.name, field.default)
+            if wanted and not _is_of(value, type(field.default)):
+                raise UsageError(f"{field.name}={value!r} of the recipe must be {wanted}")
+
+
+def _is_of(value: object, kind: type) -> bool:
+    """Whole numbers are numbers; true and false are not."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _change(plain: dict, change: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from openmsa.cli.arguments import add_budget_options, budget, layer_list, whole_number
@@ -62,7 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     from openmsa.training import history, train
 
     total = sum(phase.steps for phase in recipe.phases)
-    with progress(recipe.name, total) as bar:
+    # transformers prints every line of the log; it is kept in the run's history instead.
+    with progress(recipe.name, total) as bar, redirect_stdout(io.StringIO()):
         train(
             recipe,
             model=model,
@@ -74,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
             say=say,
         )
     lines = history(arguments.out)
-    draw_curves(lines, recipe, arguments.out)
+    draw_curves(lines, arguments.out)
     report(lines, recipe)
     last = f"{len(recipe.phases) - 1}-{recipe.phases[-1].name}"
     say(f"the trained model: {arguments.out / last / 'model'}")
