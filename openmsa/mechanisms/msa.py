@@ -1,10 +1,11 @@
-"""MiniMax Sparse Attention (arXiv 2606.13392).
+"""MiniMax Sparse Attention (arXiv 2606.13392), equations 6 to 10 in our letters, g = h // r.
 
-I[t, s, g]  = q_index[t, g] . k_index[s] / sqrt(d_index)         index: one query per group, one shared key   (6)
-M[t, n, g]  = max of I[t, s, g] over the visible s of block n    score of a block                             (7)
-S[t, g]     = own block, then the best others of M, k in all     select
-O[t, h]     = softmax over s in S[t, g] of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g]     attend, g = h // r     (8)
-loss        = mean over t, g of KL(mean over h of softmax(q k) || softmax(I)), both on S[t, g]            (9, 10)
+I[t, s, g] = q_index[t, g] . k_index[s] / sqrt(d_index)         a query per group, a shared key
+M[t, n, g] = max of I[t, s, g] over the visible s of block n    a block is worth its best key
+S[t, g]    = the query's own block, then the best others of M, k in all
+O[t, h]    = softmax over s in S[t, g] of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g]
+loss       = mean over t, g of KL(mean over the group's h of softmax(q k) || softmax(I))
+             both over s in S[t, g]; over every visible s while the index warms up
 """
 
 from __future__ import annotations
@@ -19,17 +20,14 @@ from openmsa.ops.index_loss import index_loss
 from openmsa.ops.sparse_attention import sparse_attention
 from openmsa.selection import Selection
 
-REMEMBERS = ("k", "v", "k_index")
-PHASES = ("dense", "warmup", "sparse")
-
 
 @dataclass(frozen=True)
 class MSAConfig:
-    """What MSA adds to a model. Sizes are in tokens (block_size), blocks (top_k, *_blocks) and
-    channels (d_index).
+    """The numbers of MSA: tokens (block_size), blocks (top_k, *_blocks), channels (d_index).
 
-    d_index: width of the index, None for the model's head dim. layers: which layers become sparse,
-    None for all. Raises ValueError for values that contradict each other.
+    d_index: width of the index, None for the model's head dim. local_blocks latest and sink_blocks
+    first blocks are always kept, within top_k. layers: which layers are sparse, None for all.
+    Raises ValueError for numbers that contradict each other.
     """
 
     block_size: int = 128
@@ -40,13 +38,10 @@ class MSAConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for name, least in (
-            ("block_size", 1),
-            ("top_k", 1),
-            ("local_blocks", 0),
-            ("sink_blocks", 0),
-        ):
-            _whole(name, getattr(self, name), least)
+        _whole("block_size", self.block_size, 1)
+        _whole("top_k", self.top_k, 1)
+        _whole("local_blocks", self.local_blocks, 0)
+        _whole("sink_blocks", self.sink_blocks, 0)
         if self.d_index is not None:
             _whole("d_index", self.d_index, 1)
         if self.local_blocks + self.sink_blocks > self.top_k:
@@ -55,17 +50,82 @@ class MSAConfig:
                 f"sink_blocks={self.sink_blocks}; raise top_k or force fewer blocks"
             )
         if self.layers is not None:
-            layers = tuple(self.layers)
-            for layer in layers:
-                _whole("layers", layer, 0)
-            if len(set(layers)) != len(layers):
-                raise ValueError(f"layers must not repeat, got {layers}")
-            object.__setattr__(self, "layers", tuple(sorted(layers)))
+            object.__setattr__(self, "layers", _layers(self.layers))
 
 
 def _whole(name: str, number: int, least: int) -> None:
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
+
+
+def _layers(layers) -> tuple[int, ...]:
+    if isinstance(layers, (str, int)):
+        raise ValueError(f"layers must be a list of layer numbers or None, got {layers!r}")
+    for layer in layers:
+        _whole("layers", layer, 0)
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers must name each layer once, got {tuple(layers)}")
+    return tuple(sorted(layers))
+
+
+REMEMBERS = ("k", "v", "k_index")
+
+
+def select(
+    config: MSAConfig,
+    q_index: Tensor,
+    k_index: Tensor,
+    *,
+    index_scale: float | None = None,
+    **where,
+) -> Selection:
+    """q_index [b, t, g, d_index], k_index [b, s, d_index] -> blocks [b, g, t, k].
+
+    where, here and below: cu_seqlens_q, cu_seqlens_k and backend, as in the operations.
+    """
+    return select_blocks(
+        q_index,
+        k_index,
+        block_size=config.block_size,
+        top_k=config.top_k,
+        local_blocks=config.local_blocks,
+        sink_blocks=config.sink_blocks,
+        index_scale=index_scale,
+        **where,
+    )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection | None,
+    *,
+    scale: float | None = None,
+    **where,
+) -> tuple[Tensor, Tensor]:
+    """q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value] -> out [b, t, h, d_value], lse
+
+    Without a selection, over every visible key.
+    """
+    if selection is None:
+        return dense_attention(q, k, v, scale=scale, return_lse=True, **where)
+    return sparse_attention(q, k, v, selection, scale=scale, return_lse=True, **where)
+
+
+def loss(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    selection: Selection | None,
+    **how,
+) -> Tensor:
+    """The index against the attention it predicts, on the support that attention had; a scalar."""
+    return index_loss(q, k, q_index, k_index, selection, **how)
+
+
+PHASES = ("dense", "warmup", "sparse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,44 +158,26 @@ def msa_attention(
     cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> MSAOutput:
-    """MSA of one layer: q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value], q_index [b, t, g,
-    di], k_index [b, s, di].
+    """The attention of one MSA layer, and what its index has to learn from it.
 
-    phase "dense": dense attention, the index is not used. "warmup": dense attention and the loss
-    over the whole prefix. "sparse": select, attend, and the loss over the selected blocks. q, k, v
-    get their gradient from `out` only, q_index and k_index from `index_loss` only. Raises
-    ValueError for an unknown phase and arguments that do not fit together.
+    q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value], q_index [b, t, g, d_index],
+    k_index [b, s, d_index]; queries are the last t of the s keys. Phases: "dense" (dense attention,
+    index unused), "warmup" (dense attention, loss over the whole prefix), "sparse" (select, attend,
+    loss over the selected blocks). q, k, v get gradient from `out` only, q_index and k_index from
+    `index_loss` only. row_weights [b, t] weigh query tokens in the loss. Packed sequences: batch 1
+    with cu_seqlens_q and cu_seqlens_k int32 [sequences + 1].
+
+    Raises ValueError for an unknown phase and for arguments that do not fit together.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
-    selection = None
+    where = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
+    selection = kl = None
     if phase == "sparse":
-        selection = select_blocks(
-            q_index,
-            k_index,
-            block_size=block_size,
-            top_k=top_k,
-            local_blocks=local_blocks,
-            sink_blocks=sink_blocks,
-            index_scale=index_scale,
-            **packed,
-        )
-        out, lse = sparse_attention(q, k, v, selection, scale=scale, return_lse=True, **packed)
-    else:
-        out, lse = dense_attention(q, k, v, scale=scale, return_lse=True, **packed)
-    loss = None
+        config = MSAConfig(block_size, top_k, None, local_blocks, sink_blocks)
+        selection = select(config, q_index, k_index, index_scale=index_scale, **where)
+    out, lse = attend(q, k, v, selection, scale=scale, **where)
     if with_index_loss and phase != "dense":
-        loss = index_loss(
-            q,
-            k,
-            q_index,
-            k_index,
-            selection,
-            scale=scale,
-            index_scale=index_scale,
-            row_weights=row_weights,
-            lse=lse,
-            **packed,
-        )
-    return MSAOutput(out, loss, selection, lse)
+        how = {"scale": scale, "index_scale": index_scale, "row_weights": row_weights, "lse": lse}
+        kl = loss(q, k, q_index, k_index, selection, **how, **where)
+    return MSAOutput(out, kl, selection, lse)

@@ -31,7 +31,8 @@ def shapes(**tensors: tuple[Tensor, str]) -> None:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}; convert it first")
         if tensor.dtype != first.dtype:
             raise ValueError(
-                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; convert one, or use autocast"
+                f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; "
+                "convert one, or use autocast"
             )
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
@@ -80,7 +81,7 @@ def forced(local_blocks: int, sink_blocks: int, top_k: int) -> None:
     _whole("sink_blocks", sink_blocks, 0)
     if local_blocks + sink_blocks > top_k:
         raise ValueError(
-            f"top_k={top_k} cannot hold the {local_blocks + sink_blocks} blocks that are always kept "
+            f"top_k={top_k} cannot hold {local_blocks + sink_blocks} blocks that are always kept "
             f"(local_blocks={local_blocks} + sink_blocks={sink_blocks}); raise top_k or force fewer"
         )
 
@@ -187,7 +188,8 @@ def _borders(borders_q: list[int], borders_k: list[int], t: int, s: int) -> None
     for name, borders, total in (("cu_seqlens_q", borders_q, t), ("cu_seqlens_k", borders_k, s)):
         if borders[0] != 0 or borders[-1] != total:
             raise ValueError(
-                f"{name} must start at 0 and end at the {total} tokens given, got {borders[0]} ... {borders[-1]}"
+                f"{name} must start at 0 and end at the {total} tokens given, "
+                f"got {borders[0]} ... {borders[-1]}"
             )
         for i, (here, there) in enumerate(pairwise(borders)):
             if there < here:

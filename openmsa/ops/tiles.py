@@ -1,12 +1,11 @@
-"""Tiles: the (query, block) pairs of a selection, sorted by block, so that a block is read once for
-many queries.
+"""Tiles: (query, block) pairs of a selection sorted by block, so that many queries read it once.
 
     row    one block of keys of one sequence; the rows of all sequences are numbered through
     pair   a query token (of one group) and a block that it selected
-    tile   a row and up to `width` queries that selected it; empty places hold a filler that adds nothing
+    tile   a row and up to `width` queries that selected it; empty places hold a filler
 
 Pairs of one row become tiles, tiles become batched matrix products [w keys, r * width queries], and
-every query finds the parts of its result again by number. No length depends on the data except the
+every query finds the parts of its result again by number. No shape depends on the data except the
 number of tiles.
 """
 

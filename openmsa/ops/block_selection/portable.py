@@ -16,8 +16,8 @@ from torch import Tensor
 
 from openmsa.ops.workspace import accumulate_dtype, no_autocast, rows_at_once
 
-# Keys turned into fp32 at once; a multiple of this is never needed, because a block may be longer.
-KEYS_AT_ONCE = 1 << 15
+# Keys scored at once: one piece of scores and of fp32 keys stays in a CPU's caches.
+KEYS_AT_ONCE = 1 << 13
 
 
 def select_blocks(
@@ -79,9 +79,10 @@ def _one_problem(q_index, k_index, rule, index_scale, blocks):
     s = k_index.shape[1]
     if 0 in (b, t, g):
         return
+    # Twice a piece of scores, and for every block its score and its rank as int32 and int64.
+    bytes_per_query = g * (8 * min(s, KEYS_AT_ONCE + rule[0]) + 32 * -(-s // rule[0]))
     # A quarter of the queries at a time at most: early queries then skip most of the keys.
-    bytes_per_query = 12 * g * s
-    tokens = min(rows_at_once(bytes_per_query, q_index.device), max(64, -(-t // 4)), t)
+    tokens = min(rows_at_once(bytes_per_query, q_index.device, 64), max(64, -(-t // 4)), t)
     batches = max(1, min(b, rows_at_once(bytes_per_query * tokens, q_index.device)))
     for b0 in range(0, b, batches):
         for t0 in range(0, t, tokens):
@@ -103,7 +104,7 @@ def _block_scores(q_index, k_index, block_size, index_scale, position):
     step = max(1, KEYS_AT_ONCE // block_size) * block_size
     for start in range(0, end, step):
         stop = min(end, start + step)
-        scores = torch.bmm(k_index[:, start:stop].to(compute), queries.mT).mul_(index_scale)
+        scores = _products(k_index[:, start:stop].to(compute), queries).mul_(index_scale)
         _hide_future(scores, start, position, t)
         scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         whole = (stop - start) // block_size
@@ -113,6 +114,13 @@ def _block_scores(q_index, k_index, block_size, index_scale, position):
         if whole * block_size < stop - start:
             best[:, first + whole] = scores[:, whole * block_size :].amax(1)
     return best.view(b, n, g, t).permute(0, 2, 3, 1)
+
+
+def _products(keys, queries):
+    """keys [b, s, d] . queries [b, g * t, d] -> [b, s, g * t]."""
+    if queries.shape[1] < 32:  # decoding: a narrow result is computed faster the other way round
+        return torch.bmm(queries, keys.mT).mT
+    return torch.bmm(keys, queries.mT)
 
 
 def _hide_future(scores, start, position, t):

@@ -1,7 +1,7 @@
 """Which blocks a query reads, by definition: every score is written out, nothing is clever.
 
-I[t, s] = (q_index[t] . k_index[s]) * index_scale                 fp32; one index query per group, one shared key
-M[t, n] = max of I[t, s] over the visible keys s of block n       (MSA eqs. 6-7)
+I[t, s] = (q_index[t] . k_index[s]) * index_scale            fp32; one shared key for all groups
+M[t, n] = max of I[t, s] over the visible keys s of block n  (MSA eqs. 6-7)
 S[t]    = the forced blocks, then the best others by (M descending, n ascending), top_k in all
 """
 

@@ -1,8 +1,11 @@
 """Causal attention in bounded memory: a piece of queries against its whole prefix at a time.
 
-Forward:  X = q K * scale;  out = softmax(X) V;  lse = log sum exp X
-Backward, from lse and delta = dout . out:  P = exp(X - lse);  dX = P (dout V - delta);
-                                         dV = P dout;  dK = dX q * scale;  dq = dX K * scale
+Forward:
+    X = q K * scale;  out = softmax(X) V;  lse = log sum exp X
+Backward, from lse and delta = dout . out:
+    P = exp(X - lse);  dX = P (dout V - delta)
+    dV = P dout;  dK = dX q * scale;  dq = dX K * scale
+
 On a CPU, torch's own fused attention does ordinary training shapes faster. On a GPU its backward
 adds in any order, so it would not repeat bit for bit.
 """

@@ -1,9 +1,9 @@
 """KL(attention || index) in bounded memory, value and gradient in one pass.
 
-    P      = mean over the group's heads of exp(X - lse)              teacher, X = q K * scale
-    logP'  = Y - lse'                                                 student, Y = q_index K_index * index_scale
-    KL     = sum of P (log P - logP')
-    dY     = w (P' - P) / (sum of w * groups)                         dq_index = dY K_index, dK_index = dY q_index
+    P   = mean over the group's heads of exp(X - lse)     teacher, X = q K * scale
+    P'  = exp(Y - lse')                                   student, Y = q_index K_index * index_scale
+    KL  = sum of P (log P - log P')
+    dY  = w (P' - P) / (sum of w * groups);    dq_index = dY K_index,    dK_index = dY q_index
 
 The loss is one number, so its backward only multiplies these gradients by another one. They are
 kept in fp32 and are made only if somebody will ask for them.

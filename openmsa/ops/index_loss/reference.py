@@ -1,14 +1,12 @@
-"""How far the index is from the attention it must predict, by definition: dense masks, plain
-autograd.
+"""How far the index is from the attention it must predict, by definition: dense masks, autograd.
 
-    P[t, s, g]      = mean over the group's heads h of softmax over s of (q[t, h] . k[s, g] * scale)       the teacher
-    P_idx[t, s, g]  = softmax over s of (q_index[t, g] . k_index[s] * index_scale)                         the student
-    loss            = sum over t, g of w[t] KL(sg(P) || P_idx) / (sum of w * number of groups)             (MSA eqs. 9-10)
-                      s: the visible keys of the selected blocks, or every visible key if nothing is
-                      selected for us
+    P[t, s, g]  = mean over the group's heads h of softmax over s of (q[t, h] . k[s, g] * scale)
+    P'[t, s, g] = softmax over s of (q_index[t, g] . k_index[s] * index_scale)
+    loss        = sum over t, g of w[t] KL(sg(P) || P') / (sum of w * groups)     (MSA eqs. 9-10)
+                  s: the visible keys of the selected blocks; of every block without a selection
 
-Each head is renormalised on that support first and averaged second; the other order is another
-quantity.
+Each head is renormalised on that support first and averaged second; the other order is wrong.
+A k_index that is not finite makes every query that reads it NaN, and no other.
 """
 
 from __future__ import annotations
@@ -70,7 +68,10 @@ def _one_sequence(q, k, q_index, k_index, blocks, block_size, scale, index_scale
     scores = scores.masked_fill(~support[:, :, None], -math.inf)
     teacher = scores.softmax(-1).mean(2).masked_fill(~support, 0).detach()
 
+    spoilt = ~k_index.isfinite().all(-1)
+    k_index = k_index.masked_fill(spoilt[..., None], 0)
     index_scores = torch.einsum("btgi,bsi->bgts", q_index, k_index) * index_scale
+    index_scores = index_scores.masked_fill(spoilt[:, None, None], math.nan)
     log_student = (
         index_scores.masked_fill(~support, -math.inf).log_softmax(-1).masked_fill(~support, 0)
     )

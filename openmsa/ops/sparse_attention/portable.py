@@ -1,10 +1,12 @@
-"""Attention over selected blocks in bounded memory: tiles of one block and the queries that
-selected it.
+"""Attention over selected blocks in bounded memory, in tiles of a block and queries that chose it.
 
-Forward, per tile and head (MSA eq. 8):  X = K q * scale;  m = max X;  l = sum exp(X - m);  o = exp(X - m) V
-then, per query over its k blocks:       lse = log sum l exp(m);  out = sum o exp(m - lse)
-Backward, from lse and delta = dout . out:  P = exp(X - lse);  dX = P (V dout - delta);
-                                         dV = P dout;  dK = dX q * scale;  dq = dX K * scale
+Forward, per tile and head (MSA eq. 8):
+    X = K q * scale;  m = max X;  l = sum exp(X - m);  o = exp(X - m) V
+then per query, over its k blocks:
+    lse = log sum l exp(m);  out = sum o exp(m - lse)
+Backward, from lse and delta = dout . out:
+    P = exp(X - lse);  dX = P (V dout - delta)
+    dV = P dout;  dK = dX q * scale;  dq = dX K * scale
 """
 
 from __future__ import annotations
