@@ -24,10 +24,14 @@ DESCRIPTION = (
 )
 EXAMPLE = "openmsa train --recipe dense-byte-3m --set phases.0.steps=200 --out runs/dense"
 NEW = "new"
+# Written out, so that --help need not load what the recipes are made of.
+RECIPE_NAMES = ("msa-cpt", "msa-cpt-dense-twin", "msa-pt", "msa-pt-dense-twin", "dense-byte-3m")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or a json / yaml file")
+    parser.add_argument(
+        "--recipe", required=True, help=f"{', '.join(RECIPE_NAMES)}, or a json / yaml file"
+    )
     parser.add_argument("--out", type=Path, help="folder of the run: checkpoints, logs, the model")
     parser.add_argument(
         "--model", default=NEW, help='checkpoint to start from; "new": random, 3M, bytes as tokens'

@@ -147,6 +147,13 @@ def test_train_converts_trains_tells_and_resumes(dense, text, recipe, tmp_path, 
     assert (out / "1-sparse" / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_train_names_every_recipe():
+    from openmsa.cli.train import RECIPE_NAMES
+    from openmsa.training import RECIPES
+
+    assert set(RECIPE_NAMES) == set(RECIPES)
+
+
 def test_train_prints_a_recipe_that_it_reads_again(recipe, tmp_path, capsys):
     change = ["--set", "phases.sparse.steps=9", "--set", "phases.0.learning_rate=0.5"]
     assert main(["train", "--recipe", str(recipe), "--print-recipe", *change]) == 0
