@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from openmsa.evaluation import sentences
 from openmsa.evaluation.evidence import Evidence
 from openmsa.evaluation.perplexity import compare
 from openmsa.evaluation.retrieval import RetrievalResult, wilson
@@ -65,13 +66,12 @@ def _perplexity(evidence: Evidence) -> Criterion:
     if dense is None or converted is None:
         return Criterion(name, rule, "not measured", None)
     change = compare(dense, converted)
-    error = change.perplexity_change_stderr
-    measured = f"{change.perplexity_change:+.2%}" + ("" if error is None else f" ± {error:.2%}")
+    measured = sentences.change_text(change)
     return Criterion(name, rule, measured, change.perplexity_change <= PERPLEXITY_RISE)
 
 
 def _solved_by_dense(evidence: Evidence) -> Criterion:
-    name = "a task to lose"
+    name = "a solved task"
     rule = (
         f"dense solves a retrieval task above {SOLVED:.0%} at {BUDGETS * evidence.budget_tokens:,} "
         f"tokens ({BUDGETS} budgets) or more"
@@ -95,7 +95,7 @@ def _retrieval(evidence: Evidence) -> Criterion:
     task, tokens = worst = max(losses, key=losses.get)
     correct, total = converted.counts(*worst)
     measured = (
-        f"largest loss {100 * max(losses.values()):+.1f} points ({task.replace('_', ' ')} at "
+        f"largest loss {100 * max(losses.values()) + 0.0:.1f} points ({task.replace('_', ' ')} at "
         f"{tokens:,} tokens: {correct} of {total})"
     )
     return Criterion(name, rule, measured, max(losses.values()) <= POINTS + 1e-9)
@@ -117,7 +117,7 @@ def _control(evidence: Evidence) -> Criterion:
     name, cells = "control", long_cells(evidence)
     converted, control = evidence.converted, evidence.control
     if cells and converted.retrieval is not None and control.retrieval is not None:
-        rule = "answers fewer of those questions: 95 % intervals apart"
+        rule = "answers fewer of those questions: 95% intervals apart"
         (ours, total), (theirs, _) = (pooled(m.retrieval, cells) for m in (converted, control))
         apart = wilson(theirs, total)[1] < wilson(ours, total)[0]
         return Criterion(name, rule, f"{theirs} against {ours} of {total}", apart)

@@ -102,7 +102,8 @@ def perplexity_by_position(
                 _error_line(axes[1], change.edges, percent, errors, name, number)
             axes[1].axhline(0, color=canvas.INK, linewidth=1)
             axes[1].axhspan(-1, 1, color=canvas.GRID, alpha=0.5, linewidth=0)
-            axes[1].set_title(f"Perplexity against {names[0]} (%; band: ±1 %)")
+            axes[1].set_title(f"Perplexity against {names[0]} (%; band: ±1%)")
+            _change_scale(axes[1])
         for ax in axes:
             ax.set_xlabel("position in the context (tokens before)")
             _log2_ticks(ax)
@@ -153,7 +154,7 @@ def mass_by_layer(bearing: Bearing) -> Figure:
             )
         ax.axvline(bearing.threshold, color=canvas.VERMILION, linestyle="--", linewidth=1)
         ax.set_yticks(range(len(bearing.layers)), [f"layer {b.layer}" for b in bearing.layers])
-        ax.invert_yaxis()
+        ax.set_ylim(len(bearing.layers) - 0.5, -0.5)
         ax.set_xlim(right=1.0)
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         budget = f"{bearing.top_k} blocks of {bearing.block_size} tokens"
@@ -255,6 +256,19 @@ def _log_scale(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def _change_scale(ax: Axes) -> None:
+    """Even up to ±2, logarithmic beyond, if there is much beyond: small changes stay visible."""
+    low, high = ax.get_ylim()
+    if max(-low, high) <= 5:
+        return
+    ax.set_yscale("symlog", linthresh=2, linscale=1.5)
+    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500]
+    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.set_ylabel("logarithmic beyond ±2%")
 
 
 def _log2_ticks(ax: Axes) -> None:

@@ -88,7 +88,7 @@ def selection_maps(maps: SelectionMap) -> Figure:
         for ax in axes[-columns:]:
             ax.set_xlabel("key at token")
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
-        bar.set_label("share of queries that select the block")
+        bar.set_label("share of queries")
         bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         bar.outline.set_visible(False)

@@ -43,10 +43,11 @@ p { margin: 0.5rem 0; max-width: 46rem; overflow-wrap: anywhere }
 .wide { overflow-x: auto; margin: 0.8rem 0 }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.3rem }
-th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line) }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap }
+th, td { padding: 0.3rem 1.1rem 0.3rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); white-space: nowrap }
+thead th { color: var(--soft); font-weight: 600 }
 tbody th { font-weight: 400 }
+.words td { white-space: normal; min-width: 7rem }
 figure { margin: 1rem 0 }
 figure svg { display: block; width: 100%%; height: auto; min-width: 35rem }
 figure svg text { font-family: inherit !important }
@@ -62,7 +63,7 @@ Section = tuple[str, str, Sequence[str]]
 
 def page(title: str, header: Iterable[str], sections: Sequence[Section]) -> str:
     """The whole page. sections: (anchor, heading, parts); header and parts are HTML made here."""
-    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in sections)
+    links = "\n".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in sections)
     body = "\n".join(
         f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{_join(parts)}\n</section>'
         for anchor, heading, parts in sections
@@ -97,8 +98,13 @@ def preformatted(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence], caption: str = "") -> str:
-    """A table; the first cell of a row is its heading. On a narrow screen it scrolls by itself."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence], caption: str = "", *, kind: str = ""
+) -> str:
+    """A table; the first cell of a row is its heading. On a narrow screen it scrolls by itself.
+
+    `kind` is a class of the style: "words" lets long cells wrap.
+    """
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
     body = "\n".join(
         f'<tr><th scope="row">{escape(str(first))}</th>'
@@ -108,7 +114,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence], caption: str = "") -
     )
     told = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wide"><table>{told}<thead><tr>{head}</tr></thead>\n'
+        f'<div class="wide"><table{_class(kind)}>{told}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -131,7 +137,7 @@ def picture(svg: str, name: str, description: str) -> str:
 
 
 def _own_ids(svg: str, name: str) -> str:
-    """Ids with `name` before them; those that nothing refers to, and repeated ones, are left out."""
+    """Ids with `name` before them, without repeated ones and those that nothing refers to."""
     wanted = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
 
     def kept(match: re.Match) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from openmsa.evaluation import canvas, figures, maps, page, sentences
-from openmsa.evaluation.criteria import criteria, verdict
+from openmsa.evaluation.criteria import criteria, pooled, verdict
 from openmsa.evaluation.evidence import Evidence, ModelEvidence
 from openmsa.evaluation.perplexity import compare
 from openmsa.evaluation.plain import to_plain, write_json, write_whole
@@ -69,10 +69,18 @@ def render(evidence: Evidence, drawn: dict[str, Figure] | None = None) -> str:
 
     rows = [(c.name, c.rule, c.measured, ANSWERS[c.holds]) for c in judged]
     sections = [
-        ("criteria", "Criteria", [page.table(("", "rule", "measured", "holds"), rows)]),
+        (
+            "criteria",
+            "Criteria",
+            [page.table(("", "rule", "measured", "holds"), rows, kind="words")],
+        ),
         ("summary", "Summary", [_summary(evidence)]),
         ("perplexity", "Perplexity", shown("perplexity", sentences.perplexity(evidence))),
-        ("retrieval", "Retrieval", shown("retrieval", sentences.retrieval(evidence))),
+        (
+            "retrieval",
+            "Retrieval",
+            [*shown("retrieval", sentences.retrieval(evidence)), _answers(evidence)],
+        ),
         ("recall", "Recall", [*shown("recall", sentences.recall(evidence)), _recall(evidence)]),
         ("training", "Training", shown("training", sentences.training(evidence))),
         ("selection", "Selection", shown("selection", sentences.selection(evidence.selection))),
@@ -131,8 +139,7 @@ def _retrieval_cell(model: ModelEvidence, task: str, tokens: int) -> str | None:
     if model.retrieval is None:
         return None
     correct, total = model.retrieval.counts(task, tokens)
-    low, high = wilson(correct, total)
-    return f"{correct / total:.1%} ({correct}/{total}; {low:.0%} to {high:.0%})"
+    return f"{correct / total:.1%} ({correct}/{total})"
 
 
 def _decode_cell(model: ModelEvidence, tokens: int) -> str | None:
@@ -142,8 +149,20 @@ def _decode_cell(model: ModelEvidence, tokens: int) -> str | None:
 
 def _summary(evidence: Evidence) -> str:
     rows = [list(row.values()) for row in summary_rows(evidence)]
-    caption = "± one standard error over texts; in brackets: right/asked and 95 % interval (Wilson)"
+    caption = "± one standard error over texts; in brackets: right answers / questions"
     return page.table(("", *evidence.models), rows, caption)
+
+
+def _answers(evidence: Evidence) -> str:
+    """Share of right answers at each length, all tasks and depths together, with its interval."""
+    asked = {n: m.retrieval for n, m in evidence.models.items() if m.retrieval is not None}
+    rows = []
+    for tokens in next(iter(asked.values())).context_tokens if asked else ():
+        counts = [pooled(r, [(task, tokens) for task in r.tasks]) for r in asked.values()]
+        shares = [(c / n, *wilson(c, n)) for c, n in counts]
+        rows.append((f"{tokens:,}", *(f"{r:.1%} ({a:.1%} to {b:.1%})" for r, a, b in shares)))
+    caption = "All tasks and depths together, with the 95% interval (Wilson)"
+    return page.table(("context (tokens)", *asked), rows, caption) if rows else ""
 
 
 def _recall(evidence: Evidence) -> str:
@@ -178,7 +197,8 @@ def _sample(evidence: Evidence) -> list[str]:
 
 def _settings(evidence: Evidence) -> list[str]:
     budget = f"{evidence.top_k} blocks of {evidence.block_size} = {evidence.budget_tokens:,} tokens"
-    return [page.table(("setting", "value"), [("budget", budget), *evidence.settings.items()])]
+    rows = [("budget", budget), *evidence.settings.items()]
+    return [page.table(("setting", "value"), rows, kind="words")]
 
 
 def _commands(evidence: Evidence) -> list[str]:

@@ -24,10 +24,10 @@ def perplexity(evidence: Evidence) -> str:
 
 
 def change_text(change: PairedDifference) -> str:
-    """A change of perplexity with its standard error: "+0.42 % ± 0.10 %"."""
+    """A change of perplexity with its standard error: "+0.42% ± 0.10%"."""
     error = change.perplexity_change_stderr
-    spread = "" if error is None else f" ± {100 * error:.2f} %"
-    return f"{100 * change.perplexity_change:+.2f} %{spread}"
+    spread = "" if error is None else f" ± {error:.2%}"
+    return f"{change.perplexity_change:+.2%}{spread}"
 
 
 def retrieval(evidence: Evidence) -> str:
@@ -42,8 +42,8 @@ def retrieval(evidence: Evidence) -> str:
         parts.append(f"{name} {sum(c for c, _ in counts)} of {sum(n for _, n in counts)}")
     budgets = longest / evidence.budget_tokens
     return (
-        f"At {longest:,} tokens, {budgets:g} times the {evidence.budget_tokens} that a query may "
-        f"read, answered right over all tasks: {', '.join(parts)}."
+        f"At {longest:,} tokens, {budgets:g} times the {evidence.budget_tokens} tokens that a "
+        f"query may read, answered right over all tasks: {', '.join(parts)}."
     )
 
 
@@ -75,7 +75,10 @@ def training(evidence: Evidence) -> str:
     totals = [t for t in (_total_kl(record) for record in evidence.training) if t is not None]
     if totals:
         told += f", the KL summed over layers from {totals[0]:.3f} to {totals[-1]:.3f}"
-    return told + "; losses of one batch each, the KL of a sparse phase is over selected keys only."
+    return (
+        told
+        + "; first and last logged values. The KL of a sparse phase is over selected keys only."
+    )
 
 
 def selection(maps: SelectionMap | None) -> str:

@@ -47,14 +47,14 @@ def test_a_loss_at_short_contexts_is_not_what_is_judged():
 def test_tasks_that_dense_does_not_solve_show_nothing():
     unsolved = evidence(dense=replace(GOOD.dense, retrieval=answers(1.0, 0.8)))
     judged = holds(unsolved)
-    assert judged["a task to lose"] is False and judged["retrieval"] is None
+    assert judged["a solved task"] is False and judged["retrieval"] is None
     told = verdict(criteria(unsolved))
-    assert "not met: a task to lose" in told and "not measured: retrieval" in told
+    assert "not met: a solved task" in told and "not measured: retrieval" in told
 
 
 def test_a_context_below_eight_budgets_does_not_count():
     judged = holds(evidence(top_k=16))
-    assert judged["a task to lose"] is None and judged["retrieval"] is None
+    assert judged["a solved task"] is None and judged["retrieval"] is None
 
 
 def test_the_control_is_judged_by_perplexity_where_nothing_was_asked():
