@@ -79,6 +79,7 @@ def _own_config(model: PreTrainedModel, kind: type) -> PreTrainedConfig:
     old = model.config
     made = copy.deepcopy(old)
     made.__class__ = kind
+    vars(made).pop("model_type", None)  # a loaded config holds it once more, beside its class
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = made

@@ -79,6 +79,14 @@ def test_back_to_dense_after_loading(tmp_path, family):
     assert torch.equal(logits(again, ids), expected)
 
 
+def test_converted_again_after_loading_and_going_back(tmp_path):
+    _, path = saved(tmp_path)
+    loaded = hf.to_dense(AutoModelForCausalLM.from_pretrained(path))
+    assert loaded.config.model_type == "qwen3"
+    again = hf.convert(loaded, SPARSE)
+    assert hf.is_msa(again) and again.config.model_type == "openmsa"
+
+
 def test_a_fresh_process_needs_the_import_alone(tmp_path):
     model, folder = saved(tmp_path)
     ids = tiny_tokens(1, 40)
