@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from openmsa.cli.console import table
-from openmsa.cli.files import write_json
+from openmsa.evaluation.plain import write_json
 
 KL = "kl/"
 RECALL = ("score_recall", "captured_mass")

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from openmsa.cli.console import table
-from openmsa.cli.files import write_json
+from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = "Python, packages, processor, devices and backends; why a backend is not usable."
 EXAMPLE = "openmsa env --out runs/env"

@@ -15,10 +15,11 @@ from openmsa.cli.arguments import (
 )
 from openmsa.cli.console import progress, say
 from openmsa.cli.door import UsageError
-from openmsa.cli.files import check_space, check_vacant, write_json
+from openmsa.cli.files import check_space, check_vacant
 from openmsa.cli.models import check_name, load_model, load_tokenizer, short_name
 from openmsa.cli.tables import draw, report
 from openmsa.cli.texts import documents, sequences
+from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = (
     "Judge one model, or several against the first: loss and perplexity by position on text, "

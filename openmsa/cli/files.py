@@ -1,9 +1,7 @@
-"""Results as files: the folder is checked before the work, a file is whole or absent."""
+"""Where results go: checked before the work."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -36,36 +34,5 @@ def check_space(target: Path, need_bytes: int = MEGABYTE) -> None:
         )
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write `content` as JSON, whole or not at all. NaN and infinity become null."""
-    write_text(path, json.dumps(_jsonable(content), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / MEGABYTE:,.0f} MB"
-
-
-def _jsonable(content: object) -> object:
-    if isinstance(content, dict):
-        return {str(key): _jsonable(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_jsonable(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    if hasattr(content, "tolist"):
-        return _jsonable(content.tolist())
-    return content

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from openmsa.cli.arguments import add_model_options, whole_number
 from openmsa.cli.console import say
 from openmsa.cli.door import UsageError, usage_checked
-from openmsa.cli.files import write_json
 from openmsa.cli.models import load_model, load_tokenizer
 from openmsa.cli.texts import documents
+from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = (
     "Continue a prompt with a dense or an MSA model. The prompt comes from --prompt, --file or "
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{told.token_ms:.1f} ms each; {len(told.tokens)} tokens, stopped by {told.stopped_by}"
     )
     if arguments.out:
-        write_json(arguments.out / "generation.json", asdict(told))
+        write_json(arguments.out / "generation.json", told)
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from openmsa.cli.arguments import add_budget_options, add_model_options, add_out_options, budget
 from openmsa.cli.bearing import add_bearing_options, judged, pieces
 from openmsa.cli.console import progress, say, table
-from openmsa.cli.files import check_space, check_vacant, write_json
+from openmsa.cli.files import check_space, check_vacant
 from openmsa.cli.models import load_model, load_tokenizer
+from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = (
     "Look into a model. MSA: recall of the index, and maps of which blocks each layer and group "
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         shown = judged(model, tokenizer, config, arguments)
         say(f"keep dense: {shown.keep_dense or 'none'}; convert: {shown.convert or 'none'}")
-        told, draw = {"bearing": asdict(shown)}, figures.mass_by_layer
+        told, draw = {"bearing": shown}, figures.mass_by_layer
     if arguments.out:
         write_json(arguments.out / "inspection.json", {"model": arguments.model, **told})
         canvas.save(draw(shown), arguments.out / draw.__name__)
@@ -64,4 +64,4 @@ def look(model, tokenizer, arguments: argparse.Namespace) -> tuple[dict, object]
         maps = selection_map(model, read)
     rows = [[row["layer"], *(row[name] for name in MEASURES)] for row in recall.rows()]
     table("Recall of the index", ("layer", *(m.replace("_", " ") for m in MEASURES)), rows)
-    return {"recall": asdict(recall), "selection_map": asdict(maps)}, maps
+    return {"recall": recall, "selection_map": maps}, maps

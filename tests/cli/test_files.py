@@ -1,15 +1,13 @@
-"""Files are whole or absent, and a full disk is noticed before the work."""
+"""A full disk, a filled folder, a forbidden one: noticed before the work."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import namedtuple
 
 import pytest
 
 from openmsa.cli.door import UsageError
-from openmsa.cli.files import check_space, check_vacant, write_json, write_text
+from openmsa.cli.files import check_space, check_vacant
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -37,24 +35,3 @@ def test_a_folder_without_permission_is_noticed_beforehand(tmp_path, monkeypatch
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(OSError, match="no permission"):
         check_space(tmp_path / "new")
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    path = tmp_path / "results" / "a.txt"
-    write_text(path, "old")
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_json_is_json_for_everybody(tmp_path):
-    write_json(tmp_path / "a.json", {"x": float("nan"), "y": (1, float("inf")), 3: None})
-    text = (tmp_path / "a.json").read_text()
-    assert json.loads(text) == {"x": None, "y": [1, None], "3": None}
-    assert "NaN" not in text
