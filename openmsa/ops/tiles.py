@@ -11,14 +11,13 @@ number of tiles.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from openmsa.ops.workspace import accumulate_dtype, rows_at_once
+from openmsa.ops.workspace import rows_at_once
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,13 @@ class Chunk:
         return tuple(x.stop - x.start for x in (self.batches, self.groups, self.tokens))
 
     def of(self, x: Tensor) -> Tensor:
-        """x [b, t, groups, ...] -> its part [batches, tokens, groups, ...], a view."""
-        return x[self.batches, self.tokens, self.groups]
+        """x [b, t, groups, r, d] -> the chunk's queries [C, r, d]."""
+        return x[self.batches, self.tokens, self.groups].transpose(1, 2).flatten(0, 2)
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Write values [C, r, d] to where `of` takes them from."""
+        values = values.unflatten(0, self.sizes).transpose(1, 2)
+        x[self.batches, self.tokens, self.groups] = values.to(x.dtype)
 
 
 def walk(blocks: Tensor, rows: Rows, r: int, bytes_per_pair: int) -> Iterator[tuple[Chunk, Tiles]]:
@@ -116,7 +120,7 @@ def walk(blocks: Tensor, rows: Rows, r: int, bytes_per_pair: int) -> Iterator[tu
     n = -(-s // rows.block_size)
     at_once = rows_at_once(bytes_per_pair * k, blocks.device, wanted=16 * n // k)
     for chunk in _chunks(b, groups, t, at_once):
-        yield chunk, cut(blocks, rows, chunk, _width(chunk.sizes[2] * k // n, r))
+        yield chunk, _cut(blocks, rows, chunk, r, _width(chunk.sizes[2] * k // n, r))
 
 
 def _chunks(b: int, groups: int, t: int, at_once: int) -> Iterator[Chunk]:
@@ -146,18 +150,39 @@ def _width(pairs_per_block: int, r: int) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The pairs of one chunk; T tiles of `width` places, C queries of k slots."""
+    """The pairs of one chunk: T tiles of `width` places, C queries of k slots, r heads each."""
 
     row: Tensor  # [T] row of keys
     group: Tensor  # [T] group, counted in the whole problem
     batch: Tensor  # [T]
     token: Tensor  # [T, w] key tokens, some beyond the end of the row's sequence
-    query: Tensor  # [T, width] query, counted in the chunk; C is the filler
-    position: Tensor  # [T, width] last key token that the query sees, -1 for the filler
-    place: Tensor  # [C, k] tile * width + place; empty slots point at a filler
+    position: Tensor  # [T, width] last key token that the query sees, -1 for a filler
+    query: Tensor  # [T * r * width] (query, head) that stands there; from C * r on: filler
+    place: Tensor  # [C, k, r] where in [T * r * width] a slot's results are; a filler's if empty
+
+    def one_head(self) -> Tiles:
+        """The same tiles for something that a group has one of."""
+        r = self.place.shape[2]
+        place, width = self.place[..., :1], self.position.shape[1]
+        query = self.query.view(-1, r, width)[:, 0] // r
+        return replace(
+            self,
+            query=query.flatten(),
+            place=place // (r * width) * width + place % width,
+        )
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x [C, r, d] -> [T, r * width, d]: what belongs to the queries of every tile."""
+        x = torch.cat([x.flatten(0, 1), x.new_zeros(x.shape[1:])])
+        return x.index_select(0, self.query).view(len(self.row), -1, x.shape[1])
+
+    def collect(self, x: Tensor) -> Tensor:
+        """x [T, r * width, d] -> [C, k, r, d]: what the tiles hold for every query."""
+        x = x.flatten(0, 1)
+        return x.index_select(0, self.place.flatten()).view(*self.place.shape, x.shape[1])
 
 
-def cut(blocks: Tensor, rows: Rows, chunk: Chunk, width: int) -> Tiles:
+def _cut(blocks: Tensor, rows: Rows, chunk: Chunk, r: int, width: int) -> Tiles:
     """Sort the pairs of `chunk` by row and cut them into tiles. blocks int32 [b, G, t, k], any
     order within k."""
     blocks = blocks[chunk.batches, chunk.groups, chunk.tokens].long()
@@ -195,14 +220,16 @@ def cut(blocks: Tensor, rows: Rows, chunk: Chunk, width: int) -> Tiles:
     ).clamp(max=keys - 1)
     row = key_of_tile % rows.count
     seen = torch.cat([position.expand(blocks.shape[:3]).flatten(), position.new_full((1,), -1)])
+    place = torch.empty_like(pair).index_copy_(0, pair, place).view(queries, k, 1)
+    head = torch.arange(r, device=key.device)
     return Tiles(
         row=row,
         group=key_of_tile // rows.count + chunk.groups.start,
         batch=rows.batch[row],
         token=rows.first[row][:, None] + torch.arange(rows.block_size, device=key.device),
-        query=query_at.view(tiles, width),
         position=seen[query_at].view(tiles, width),
-        place=torch.empty_like(pair).index_copy_(0, pair, place).view(queries, k),
+        query=(query_at.view(tiles, 1, width) * r + head[:, None]).flatten(),
+        place=place // width * (r * width) + head * width + place % width,
     )
 
 
@@ -210,78 +237,3 @@ def _count(last_tile: Tensor, bound: int) -> int:
     """The number of tiles: exact where reading is free, else a bound, because reading would stall
     the device."""
     return int(last_tile[-1]) if last_tile.device.type == "cpu" else bound
-
-
-def keys_of(x: Tensor, tiles: Tiles, groups: int, dtype: torch.dtype) -> Tensor:
-    """x [b, s, g, d] -> [T, w, d]: the tokens of every tile's row, for its group's KV head."""
-    token = tiles.token.clamp(max=x.shape[1] - 1)
-    head = tiles.group * x.shape[2] // groups
-    return x[tiles.batch[:, None], token, head[:, None]].to(dtype)
-
-
-def scores(q: Tensor, keys: Tensor, tile: Tiles, scale: float, spoilt: Tensor) -> Tensor:
-    """q [T, r * width, d], keys [T, w, d] -> [T, w, r * width]: scaled, -inf where unseen, NaN
-    where spoilt.
-
-    Keys come first because maxima and sums over keys then run along rows.
-    """
-    x = torch.bmm(keys, q.mT).to(accumulate_dtype(q)).mul_(scale)
-    seen = torch.where(spoilt, math.nan, 0.0).to(x.dtype)[:, :, None]
-    bias = torch.where(tile.token[:, :, None] > tile.position[:, None], -math.inf, seen)
-    x.unflatten(2, (-1, bias.shape[2])).add_(bias[:, :, None])
-    return x
-
-
-def clean(*keys: Tensor) -> tuple[Tensor, ...]:
-    """keys [T, w, d] ... -> which tokens are not finite [T, w], and keys with those zeroed.
-
-    A weight of 0 times NaN is NaN, so without this a query would be spoilt by keys that it does not
-    see.
-    """
-    spoilt = ~sum(x.sum(-1, dtype=accumulate_dtype(x)) for x in keys).isfinite()
-    if spoilt.device.type != "cpu" or spoilt.any():
-        keys = tuple(x.masked_fill(spoilt[..., None], 0) for x in keys)
-    return spoilt, *keys
-
-
-def combine(top: Tensor, total: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima and sums of exponentials per place -> log-sum-exp per query [C, r], weight of each
-    part [C, k, r]."""
-    top, total = top.flatten()[at], total.flatten()[at]
-    best = top.amax(1, keepdim=True)
-    weight = (top - best).exp_()
-    total = (total * weight).sum(1)
-    weight = weight / torch.where(total == 0, 1, total)[:, None]
-    return best[:, 0] + total.log(), weight
-
-
-def with_filler(x: Tensor, dtype: torch.dtype, fill: float = 0) -> Tensor:
-    """x [batches, tokens, groups, r, d] of a chunk -> [(C + 1) * r, d]: its queries, then the
-    filler."""
-    x = x.transpose(1, 2).to(dtype)
-    r, d = x.shape[3], x.shape[4]
-    return torch.cat([x.reshape(-1, d), x.new_full((r, d), fill)])
-
-
-def heads_at(query: Tensor, r: int) -> Tensor:
-    """query [T, width] -> [T * r * width]: rows of `with_filler` that fill the tiles, head by
-    head."""
-    head = torch.arange(r, device=query.device)[:, None]
-    return (query[:, None] * r + head).flatten()
-
-
-def results_at(place: Tensor, r: int, width: int) -> Tensor:
-    """place [C, k] -> [C, k, r]: where in [T, r, width] a query finds the results of its pairs."""
-    head = torch.arange(r, device=place.device) * width
-    return (place // width * (r * width) + place % width)[..., None] + head
-
-
-def by_query(x: Tensor, chunk: Chunk) -> Tensor:
-    """[C, r, ...] -> [batches, tokens, groups, r, ...]"""
-    return x.unflatten(0, chunk.sizes).transpose(1, 2)
-
-
-def by_token(sums: Tensor, rows: Rows, like: Tensor) -> Tensor:
-    """Sums per row of keys [g * rows, w * d] -> gradient of `like` [b, s, g, d], in its dtype."""
-    sums = sums.view(like.shape[2], rows.count * rows.block_size, -1)
-    return sums[:, rows.key_slot].permute(1, 2, 0, 3).to(like.dtype).contiguous()

@@ -2,8 +2,8 @@
 
 Forward:
     X = q K * scale;  out = softmax(X) V;  lse = log sum exp X
-Backward, from lse and delta = dout . out:
-    P = exp(X - lse);  dX = P (dout V - delta)
+Backward:
+    P = softmax(X);  dP = dout V;  dX = P (dP - sum P dP)
     dV = P dout;  dK = dX q * scale;  dq = dX K * scale
 
 On a CPU, torch's own fused attention does ordinary training shapes faster. On a GPU its backward
@@ -108,8 +108,6 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -122,13 +120,12 @@ def _backward(
         for piece in prefixes.pieces(q, k, cu_seqlens_q, cu_seqlens_k, _BYTES_PER_SCORE):
             queries, douts = (prefixes.queries_of(x, piece, g, factor) for x in (q, dout))
             keys, values = (prefixes.keys_of(x, piece, factor) for x in (clean_k, clean_v))
-            p = prefixes.scores(queries, keys, piece, scale, poison).flatten(1, 2)
-            p.sub_(prefixes.queries_of(lse[..., None], piece, g, sums)).exp_()
-            outs = prefixes.queries_of(out, piece, g, sums)
-            delta = (outs * douts).sum(-1, keepdim=True)
+            p = prefixes.scores(queries, keys, piece, scale, poison).flatten(1, 2).softmax(-1)
             here = piece.batch, piece.keys, piece.heads
             dv[here].add_(torch.bmm(p.to(factor).mT, douts).transpose(0, 1))
-            dx = torch.bmm(douts, values.mT).to(sums).sub_(delta).mul_(p).mul_(scale).to(factor)
+            # sum P dP equals dout . out, but that form rounds differently from dP.
+            dx = torch.bmm(douts, values.mT).to(sums).mul_(p)
+            dx = dx.sub_(p.mul_(dx.sum(-1, keepdim=True))).mul_(scale).to(factor)
             dk[here].add_(torch.bmm(dx.mT, queries).transpose(0, 1))
             prefixes.put_queries(dq, piece, g, torch.bmm(dx, keys))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -141,7 +138,7 @@ def _(dout, q, k, v, *rest):
 
 def _save(ctx, inputs, output):
     q, k, v, scale, cu_seqlens_q, cu_seqlens_k = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
     ctx.scale = scale
 
 

@@ -11,13 +11,12 @@ kept in fp32 and are made only if somebody will ask for them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from openmsa.ops import prefixes, tiles
+from openmsa.ops import prefixes, tile_scores, tiles
 from openmsa.ops.workspace import accumulate_dtype, add_rows, matmul_dtype, no_autocast
 
 
@@ -130,8 +129,7 @@ def _over_prefixes(work: _Work, cu_seqlens_q, cu_seqlens_k):
     for piece in prefixes.pieces(work.q, k, cu_seqlens_q, cu_seqlens_k, each):
         queries = prefixes.queries_of(work.q, piece, g, factor)
         x = prefixes.scores(queries, prefixes.keys_of(k, piece, factor), piece, work.scale, poison)
-        teacher = x.softmax(-1) if work.lse is None else _exp_minus(x, work.lse, piece, g)
-        teacher = teacher.to(sums).mean(1).flatten(0, 1)
+        teacher = x.softmax(-1).mean(1).flatten(0, 1).to(sums)
 
         queries = prefixes.queries_of(work.q_index, piece, g, sums).flatten(0, 1)
         keys = prefixes.keys_of(k_index, replace(piece, heads=slice(0, 1)), sums)
@@ -144,11 +142,6 @@ def _over_prefixes(work: _Work, cu_seqlens_q, cu_seqlens_k):
             work.dk[piece.batch, piece.keys].add_(dy.mT @ queries)
 
 
-def _exp_minus(x, lse, piece, g):
-    lse = prefixes.queries_of(lse[..., None], piece, g, x.dtype)
-    return x.sub_(lse.unflatten(1, x.shape[1:3])).exp_()
-
-
 def _over_blocks(work: _Work, blocks, block_size, cu_seqlens_q, cu_seqlens_k):
     """Support: the visible keys of the selected blocks."""
     b, t, _, d = work.q.shape
@@ -156,58 +149,46 @@ def _over_blocks(work: _Work, blocks, block_size, cu_seqlens_q, cu_seqlens_k):
     di = work.q_index.shape[3]
     rows = tiles.rows_of((b, t, s), block_size, cu_seqlens_q, cu_seqlens_k, work.q.device)
     dk = work.loss.new_zeros(rows.count if work.with_gradient else 0, block_size * di)
+    weights = work.weights[:, :, None, None, None].expand(b, t, g, 1, 1)
     each = 4 * (work.r * (2 * block_size + 2 * d) + 6 * block_size + 3 * di)
     for chunk, tile in tiles.walk(blocks.expand(-1, g, -1, -1), rows, work.r, each):
         teacher = _teacher(work, chunk, tile)
-        log_student, queries, keys = _log_student(work, chunk, tile)
-        weights = chunk.of(work.weights[:, :, None].expand(b, t, g)).transpose(1, 2)
-        weights = torch.cat([weights.flatten(), weights.new_zeros(1)])[tile.query][:, None]
-        dy = work.add(teacher, log_student, weights, 1)
+        one_head = tile.one_head()
+        log_student, queries, keys = _log_student(work, chunk, one_head)
+        weight = one_head.spread(chunk.of(weights)).mT
+        dy = work.add(teacher, log_student, weight, 1)
         if work.with_gradient:
-            dq = torch.bmm(dy.mT, keys).flatten(0, 1)[tile.place].sum(1)
-            chunk.of(work.dq).copy_(tiles.by_query(dq, chunk))
+            dq = one_head.collect(torch.bmm(dy.mT, keys)).sum(1)
+            chunk.put(work.dq[:, :, :, None], dq)
             add_rows(dk, tile.row, torch.bmm(dy, queries).flatten(1))
     if work.with_gradient:
-        work.dk.copy_(tiles.by_token(dk, rows, work.k_index[:, :, None])[:, :, 0])
+        work.dk.copy_(tile_scores.by_token(dk, rows, work.k_index[:, :, None])[:, :, 0])
 
 
 def _teacher(work: _Work, chunk, tile):
     """Mean of the heads' attention weights, [T, w, width]."""
-    r, width = work.r, tile.query.shape[1]
     factor, sums = matmul_dtype(work.q), accumulate_dtype(work.q)
-    at = tiles.heads_at(tile.query, r)
-    q = tiles.with_filler(chunk.of(work.q.unflatten(2, (-1, r))), factor)
-    q = q.index_select(0, at).view(len(tile.row), r * width, -1)
-    spoilt, k = tiles.clean(tiles.keys_of(work.k, tile, work.k.shape[2], factor))
-    x = tiles.scores(q, k, tile, work.scale, spoilt)
-    if work.lse is None:
-        lse = _log_sum_exp(x, tiles.results_at(tile.place, r, width))
-        lse = torch.cat([lse.flatten(), lse.new_full((r,), math.inf)])
-    else:
-        lse = chunk.of(work.lse.unflatten(2, (-1, r))).to(sums)
-        lse = tiles.with_filler(lse[..., None], sums, math.inf)[:, 0]
-    x.sub_(lse[at].view(len(tile.row), 1, -1)).exp_()
-    return x.unflatten(2, (r, width)).mean(2).to(work.loss.dtype)
+    heads = (-1, work.r)
+    q = tile.spread(chunk.of(work.q.unflatten(2, heads)).to(factor))
+    spoilt, k = tile_scores.clean(tile_scores.keys_of(work.k, tile, work.k.shape[2], factor))
+    x = tile_scores.scores(q, k, tile, work.scale, spoilt)
+    lse = None
+    if work.lse is not None:
+        lse = chunk.of(work.lse[..., None].unflatten(2, heads)).to(sums)
+    tile_scores.softmax_(x, tile, lse)
+    return x.unflatten(2, (work.r, -1)).mean(2).to(work.loss.dtype)
 
 
 def _log_student(work: _Work, chunk, tile):
-    """Logarithm of the student's weights [T, w, width], with the index queries and keys of the
-    tiles."""
-    width, sums = tile.query.shape[1], work.loss.dtype
-    q = tiles.with_filler(chunk.of(work.q_index)[:, :, :, None], sums)
-    q = q.index_select(0, tile.query.flatten()).view(len(tile.row), width, -1)
-    keys = tiles.keys_of(work.k_index[:, :, None], tile, work.q_index.shape[2], sums)
-    spoilt, keys = tiles.clean(keys)
-    y = tiles.scores(q, keys, tile, work.index_scale, spoilt)
-    lse = _log_sum_exp(y, tile.place[..., None])
-    lse = torch.cat([lse.flatten(), lse.new_full((1,), math.inf)])
-    return y.sub_(lse[tile.query][:, None]), q, keys
-
-
-def _log_sum_exp(x: Tensor, at: Tensor) -> Tensor:
-    """x [T, w, places] -> [C, r], over all places of a query."""
-    top = x.amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
-    return tiles.combine(top, (x - top).exp_().sum(1), at)[0]
+    """Logarithm of the student's weights [T, w, width], with the index queries and keys."""
+    sums = work.loss.dtype
+    q = tile.spread(chunk.of(work.q_index[:, :, :, None]).to(sums))
+    keys = tile_scores.keys_of(work.k_index[:, :, None], tile, work.q_index.shape[2], sums)
+    spoilt, keys = tile_scores.clean(keys)
+    y = tile_scores.scores(q, keys, tile, work.index_scale, spoilt)
+    shift = tile.collect(tile_scores.tops(y)).amax(1)
+    total = tile_scores.exp_(y.clone(), tile, shift)
+    return y.sub_(tile.spread(shift + total.log()).mT), q, keys
 
 
 def _save(ctx, inputs, output):

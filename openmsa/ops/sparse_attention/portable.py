@@ -4,8 +4,8 @@ Forward, per tile and head (MSA eq. 8):
     X = K q * scale;  m = max X;  l = sum exp(X - m);  o = exp(X - m) V
 then per query, over its k blocks:
     lse = log sum l exp(m);  out = sum o exp(m - lse)
-Backward, from lse and delta = dout . out:
-    P = exp(X - lse);  dX = P (V dout - delta)
+Backward:
+    P = exp(X - lse);  dP = V dout;  dX = P (dP - sum P dP)
     dV = P dout;  dK = dX q * scale;  dq = dX K * scale
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from openmsa.ops import tiles
+from openmsa.ops import tile_scores, tiles
 from openmsa.ops.workspace import (
     accumulate_dtype,
     add_rows,
@@ -60,8 +60,8 @@ def _forward(
         work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
         for chunk, tile in work.tiles():
             part, stats = _attend(work, chunk, tile, scale)
-            chunk.of(work.heads(out)).copy_(part)
-            chunk.of(work.heads(lse)).copy_(stats)
+            chunk.put(work.heads(out), part)
+            chunk.put(work.heads(lse[..., None]), stats)
     return out, lse
 
 
@@ -100,25 +100,25 @@ class _Work:
 
     def scores(self, chunk: tiles.Chunk, tile: tiles.Tiles, scale: float):
         """X [T, w, r * width], and q, k, v of the tiles."""
-        q = tiles.with_filler(chunk.of(self.heads(self.q)), self.factor)
-        q = q.index_select(0, tiles.heads_at(tile.query, self.r)).view(len(tile.row), -1, self.d)
-        k = tiles.keys_of(self.k, tile, self.groups, self.factor)
-        v = tiles.keys_of(self.v, tile, self.groups, self.factor)
-        spoilt, k, v = tiles.clean(k, v)
-        return tiles.scores(q, k, tile, scale, spoilt).to(self.sum), q, k, v
+        q = tile.spread(chunk.of(self.heads(self.q)).to(self.factor))
+        k = tile_scores.keys_of(self.k, tile, self.groups, self.factor)
+        v = tile_scores.keys_of(self.v, tile, self.groups, self.factor)
+        spoilt, k, v = tile_scores.clean(k, v)
+        return tile_scores.scores(q, k, tile, scale, spoilt), q, k, v
 
 
 def _attend(work: _Work, chunk, tile, scale):
+    """The chunk's out [C, r, dv] and lse [C, r, 1]."""
     x, _, _, v = work.scores(chunk, tile, scale)
-    # A place that sees no key has a maximum of -inf, and -inf - -inf would be NaN.
-    top = x.amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
-    total = x.sub_(top).exp_().sum(1)
-    out = torch.bmm(x.mT.to(work.factor), v).view(-1, work.dv)
-
-    at = tiles.results_at(tile.place, work.r, tile.query.shape[1])
-    lse, weight = tiles.combine(top, total, at)
-    out = out.index_select(0, at.flatten()).view(*at.shape, -1).to(work.sum)
-    return tiles.by_query((out * weight[..., None]).sum(1), chunk), tiles.by_query(lse, chunk)
+    top = tile_scores.tops(x)
+    total = tile.collect(x.sub_(top.mT).exp_().sum(1)[..., None])
+    out = tile.collect(torch.bmm(x.mT.to(work.factor), v)).to(work.sum)
+    top = tile.collect(top)
+    best = top.amax(1, keepdim=True)
+    weight = top.sub_(best).exp_()
+    total = (total * weight).sum(1)
+    out = (out * weight).sum(1) / torch.where(total == 0, 1, total)
+    return out, best[:, 0] + total.log()
 
 
 @torch.library.custom_op("openmsa::portable_sparse_attention_backward", mutates_args=())
@@ -128,7 +128,6 @@ def _backward(
     k: Tensor,
     v: Tensor,
     blocks: Tensor,
-    out: Tensor,
     lse: Tensor,
     block_size: int,
     scale: float,
@@ -142,12 +141,12 @@ def _backward(
         dk = k.new_zeros(rows, block_size * work.d, dtype=work.sum)
         dv = v.new_zeros(rows, block_size * work.dv, dtype=work.sum)
         for chunk, tile in work.tiles():
-            part, dk_part, dv_part = _chunk_gradients(work, chunk, tile, scale, dout, out, lse)
-            chunk.of(work.heads(dq)).copy_(part)
+            part, dk_part, dv_part = _chunk_gradients(work, chunk, tile, scale, dout, lse)
+            chunk.put(work.heads(dq), part)
             row = tile.group * work.kv_heads // work.groups * work.rows.count + tile.row
             add_rows(dk, row, dk_part)
             add_rows(dv, row, dv_part)
-        return dq, tiles.by_token(dk, work.rows, k), tiles.by_token(dv, work.rows, v)
+        return dq, tile_scores.by_token(dk, work.rows, k), tile_scores.by_token(dv, work.rows, v)
 
 
 @_backward.register_fake
@@ -155,29 +154,25 @@ def _(dout, q, k, v, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _chunk_gradients(work: _Work, chunk, tile, scale, dout, out, lse):
+def _chunk_gradients(work: _Work, chunk, tile, scale, dout, lse):
+    """The chunk's dq [C, r, d], and dk, dv of its tiles [T, w * d]."""
     x, q, k, v = work.scores(chunk, tile, scale)
-    at, like_q = tiles.heads_at(tile.query, work.r), (len(tile.row), q.shape[1], -1)
-    dout, out, lse = (chunk.of(work.heads(y)) for y in (dout, out, lse))
-    delta = (dout.to(work.sum) * out.to(work.sum)).sum(-1, keepdim=True)
-    dout = tiles.with_filler(dout, work.factor).index_select(0, at).view(like_q)
-    delta = tiles.with_filler(delta, work.sum)[at].view(like_q).mT
-    # The filler's lse is +inf, so that its weights are 0.
-    lse = tiles.with_filler(lse[..., None], work.sum, math.inf)[at].view(like_q).mT
-
-    p = x.sub_(lse).exp_()
+    dout = tile.spread(chunk.of(work.heads(dout)).to(work.factor))
+    p = tile_scores.softmax_(x, tile, chunk.of(work.heads(lse[..., None])))
     dv = torch.bmm(p.to(work.factor), dout)
-    dx = torch.bmm(v, dout.mT).to(work.sum).sub_(delta).mul_(p).mul_(scale).to(work.factor)
+    # sum P dP equals dout . out, but that form rounds differently from dP and leaves a difference
+    # where a softmax over one key has none.
+    dx = torch.bmm(v, dout.mT).to(work.sum).mul_(p)
+    dx.sub_(p.mul_(tile.spread(tile_scores.sum_of(dx, tile)).mT))
+    dx = dx.mul_(scale).to(work.factor)
     dk = torch.bmm(dx, q)
-    dq = torch.bmm(dx.mT, k).view(-1, work.d)
-    place = tiles.results_at(tile.place, work.r, tile.query.shape[1])
-    dq = dq.index_select(0, place.flatten()).view(*place.shape, work.d).sum(1, dtype=work.sum)
-    return tiles.by_query(dq, chunk), dk.flatten(1).to(work.sum), dv.flatten(1).to(work.sum)
+    dq = tile.collect(torch.bmm(dx.mT, k)).sum(1, dtype=work.sum)
+    return dq, dk.flatten(1).to(work.sum), dv.flatten(1).to(work.sum)
 
 
 def _save(ctx, inputs, output):
     q, k, v, blocks, *numbers, cu_seqlens_q, cu_seqlens_k = inputs
-    ctx.save_for_backward(q, k, v, blocks, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, blocks, output[1], cu_seqlens_q, cu_seqlens_k)
     ctx.numbers = numbers
 
 
