@@ -15,7 +15,7 @@ from openmsa.training.data import DataConfig
 ATTENTIONS = ("dense", "warmup", "sparse")
 TRAINED = ("all", "index")
 SCHEDULES = ("constant", "cosine", "linear")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Phase:
     trained: "all" parameters or the "index" alone. steps: optimiser steps. seq_len: tokens.
     batch_size: sequences per forward pass. accumulate: forward passes per step.
     index_loss_weight: lambda of the paper, times the sum of the layers' KL. decay_to: share of the
-    learning rate left at the end of a "cosine" or "linear" schedule.
+    learning rate left at the end of a "cosine" or "linear" schedule. data: what this phase reads,
+    None for the recipe's.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Phase:
     weight_decay: float = 0.0
     index_loss_weight: float = 1.0
     checkpoint_activations: bool = False
+    data: DataConfig | None = None
 
     def __post_init__(self) -> None:
         _one_of("attention", self.attention, ATTENTIONS)
@@ -73,13 +75,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Phases in their order, the data they read and everything else that fixes the result."""
+    """Phases in their order, the data they read and everything else that fixes the result.
+
+    precision: "fp32", "bf16" (autocast) or "auto": bf16 where the machine multiplies it faster.
+    compile: torch.compile the model. log_every, save_every: steps.
+    """
 
     name: str
     phases: tuple[Phase, ...]
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
-    precision: str = "bf16"
+    precision: str = "auto"
     compile: bool = False
     log_every: int = 10
     save_every: int = 100
@@ -107,9 +113,16 @@ class Recipe:
 def recipe_from_dict(data: dict) -> Recipe:
     """Read a recipe back from plain data; a misspelt key is an error that names the nearest one."""
     top = dict(data)
-    phases = tuple(_build(Phase, phase, "phase") for phase in top.pop("phases", ()))
+    phases = tuple(_phase(phase) for phase in top.pop("phases", ()))
     config = _build(DataConfig, top.pop("data", {}), "data")
     return _build(Recipe, {**top, "phases": phases, "data": config}, "recipe")
+
+
+def _phase(data: dict) -> Phase:
+    phase = dict(data)
+    if phase.get("data") is not None:
+        phase["data"] = _build(DataConfig, phase["data"], "data of a phase")
+    return _build(Phase, phase, "phase")
 
 
 def _build(kind, data: dict, where: str):

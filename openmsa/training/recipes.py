@@ -7,6 +7,7 @@ paper's (section 5.1).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from openmsa.training.data import DataConfig
 from openmsa.training.phases import Phase, Recipe
@@ -15,50 +16,127 @@ from openmsa.training.phases import Phase, Recipe
 def dense_byte_3m() -> Recipe:
     """The dense model that ships with OpenMSA: 3M parameters, bytes as tokens.
 
-    Short sequences first: looking a pair up is learned there in a few million tokens and carries
-    over to long ones, while a model that starts long does not find it.
+    In a mixture, the few bytes that answer a question are lost among those of the text. So after a
+    first stretch of both, a phase on short lists of pairs teaches looking up; longer sequences then
+    carry it to longer distances.
     """
+    lists = DataConfig(retrieval_share=0.9, tasks=("key_value",))
     common = {"weight_decay": 0.1, "attention": "dense"}
+    steady = {"learning_rate": 3e-3, "warmup_steps": 100, **common}
     return Recipe(
         name="dense-byte-3m",
         data=DataConfig(source="stdlib", retrieval_share=0.5),
         phases=(
-            Phase(
-                "short",
-                steps=1000,
-                seq_len=256,
-                batch_size=24,
-                learning_rate=3e-3,
-                warmup_steps=100,
-                **common,
-            ),
-            Phase(
-                "middle",
-                steps=800,
-                seq_len=640,
-                batch_size=12,
-                learning_rate=3e-3,
-                warmup_steps=20,
-                **common,
-            ),
+            Phase("short", steps=600, seq_len=256, batch_size=24, **steady),
+            Phase("lists", steps=600, seq_len=160, batch_size=32, data=lists, **steady),
+            Phase("middle", steps=200, seq_len=640, batch_size=12, **steady),
             Phase(
                 "long",
-                steps=600,
-                seq_len=1280,
-                batch_size=6,
-                learning_rate=2e-3,
-                warmup_steps=20,
+                steps=500,
+                seq_len=1536,
+                batch_size=5,
                 schedule="linear",
                 decay_to=0.02,
-                **common,
+                **steady,
             ),
         ),
+        precision="bf16",
         compile=True,
         log_every=20,
         save_every=200,
     )
 
 
+def msa_cpt(warm_steps: int = 60, sparse_steps: int = 60) -> Recipe:
+    """Conversion of a trained dense model (MSA-CPT): the index alone, then everything, sparse.
+
+    The default lengths suit the shipped model. The sparse phase decays to nothing, as the end of a
+    continued pre-training does.
+    """
+    sizes = {"seq_len": 1280, "batch_size": 5}
+    return Recipe(
+        name="msa-cpt",
+        data=DataConfig(source="stdlib", retrieval_share=0.5),
+        phases=(
+            Phase(
+                "warm",
+                attention="warmup",
+                trained="index",
+                steps=warm_steps,
+                learning_rate=2e-3,
+                schedule="linear",
+                warmup_steps=min(5, warm_steps),
+                **sizes,
+            ),
+            Phase(
+                "sparse",
+                attention="sparse",
+                steps=sparse_steps,
+                learning_rate=2e-4,
+                schedule="linear",
+                decay_to=0.0,
+                warmup_steps=min(5, sparse_steps),
+                **sizes,
+            ),
+        ),
+        log_every=5,
+        save_every=50,
+    )
+
+
+def msa_pt(warm_steps: int = 150, sparse_steps: int = 450) -> Recipe:
+    """From scratch (MSA-PT): dense attention and the index on the whole prefix, then sparse."""
+    sizes = {"seq_len": 512, "batch_size": 12, "learning_rate": 3e-3, "weight_decay": 0.1}
+    return Recipe(
+        name="msa-pt",
+        data=DataConfig(source="stdlib", retrieval_share=0.0),
+        phases=(
+            Phase("warm", attention="warmup", steps=warm_steps, warmup_steps=50, **sizes),
+            Phase(
+                "sparse",
+                attention="sparse",
+                steps=sparse_steps,
+                schedule="linear",
+                decay_to=0.02,
+                warmup_steps=10,
+                **sizes,
+            ),
+        ),
+        save_every=100,
+    )
+
+
+def dense_twin(recipe: Recipe) -> Recipe:
+    """The same recipe for a dense model: the same tokens in the same order, dense attention.
+
+    Where `recipe` trains the index alone, the twin trains on those tokens as well, at the first
+    learning rate at which `recipe` trains everything: it never sees fewer tokens.
+    """
+    rate = next((p.learning_rate for p in recipe.phases if p.trained == "all"), None)
+    if rate is None:
+        raise ValueError(f"recipe {recipe.name!r} never trains the backbone: it has no dense twin")
+    phases = []
+    for phase in recipe.phases:
+        if phase.trained == "index":
+            phase = replace(phase, trained="all", learning_rate=rate, schedule="constant")
+        phases.append(replace(phase, attention="dense"))
+    return replace(recipe, name=f"{recipe.name}-dense-twin", phases=tuple(phases))
+
+
+def msa_cpt_dense_twin() -> Recipe:
+    """The dense twin of `msa_cpt`."""
+    return dense_twin(msa_cpt())
+
+
+def msa_pt_dense_twin() -> Recipe:
+    """The dense twin of `msa_pt`."""
+    return dense_twin(msa_pt())
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "dense-byte-3m": dense_byte_3m,
+    "msa-cpt": msa_cpt,
+    "msa-cpt-dense-twin": msa_cpt_dense_twin,
+    "msa-pt": msa_pt,
+    "msa-pt-dense-twin": msa_pt_dense_twin,
 }

@@ -125,7 +125,7 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     _prepare(model, phase)
     sequences = phase.steps * phase.batch_size * phase.accumulate
     dataset = Mixture(
-        recipe.data,
+        phase.data or recipe.data,
         tokenizer,
         seq_len=phase.seq_len,
         size=sequences,

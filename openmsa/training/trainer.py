@@ -42,7 +42,7 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArg
         weight_decay=phase.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=recipe.precision == "bf16",
+        bf16=recipe.precision == "bf16" or (recipe.precision == "auto" and fast_bf16()),
         torch_compile=recipe.compile,
         logging_steps=recipe.log_every,
         logging_first_step=True,
@@ -59,6 +59,14 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArg
         report_to=["tensorboard"],
         **recompute,
     )
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 faster than fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _recompute_arguments() -> dict:
