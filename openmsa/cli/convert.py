@@ -16,7 +16,7 @@ from openmsa.cli.bearing import add_bearing_options, judged
 from openmsa.cli.console import progress, say, table
 from openmsa.cli.door import UsageError
 from openmsa.cli.files import check_space, check_vacant
-from openmsa.cli.models import load_model, load_tokenizer
+from openmsa.cli.models import check_name, has_tokenizer, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from openmsa import MSAConfig
@@ -50,7 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_vacant(arguments.out, overwrite=arguments.overwrite)
     auto = arguments.layers == "auto"
     config = budget(arguments, layers=None if auto else arguments.layers)
-    tokenizer = load_tokenizer(arguments.model)
+    check_name(arguments.model)
+    tokenizer = load_tokenizer(arguments.model) if has_tokenizer(arguments.model) else None
+    if tokenizer is None and auto:
+        raise UsageError(f"{arguments.model} has no tokenizer, so --layers auto cannot read text")
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     check_space(arguments.out, 2 * model_bytes(model))
     check_direction(model, arguments)

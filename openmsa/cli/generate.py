@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from openmsa.cli.arguments import add_model_options, whole_number
-from openmsa.cli.console import say
+from openmsa.cli.console import progress, say
 from openmsa.cli.door import UsageError, usage_checked
 from openmsa.cli.models import load_model, load_tokenizer
 from openmsa.cli.texts import documents
@@ -45,15 +46,22 @@ def run(arguments: argparse.Namespace) -> None:
         sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     tokenizer = load_tokenizer(arguments.model)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    told = generate(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
-        prefill_tokens=arguments.prefill_tokens,
-        on_text=lambda text: print(text, end="", flush=True),
-    )
+    with ExitStack() as reading:
+        reading.enter_context(progress("reading the prompt"))
+
+        def show(text: str) -> None:
+            reading.close()  # the bar makes way for the text
+            print(text, end="", flush=True)
+
+        told = generate(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            prefill_tokens=arguments.prefill_tokens,
+            on_text=show,
+        )
     print()
     say(
         f"{told.prompt_tokens} prompt tokens; first token after {told.first_token_s:.2f} s, then "

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # how their names begin
+
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, else the CPU."""
@@ -75,6 +77,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     _prepare()
     return _from_pretrained(AutoTokenizer, name)
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a local checkpoint has a tokenizer beside it; a name on the hub is taken to."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return True
+    return any(file.name.startswith(TOKENIZER_FILES) for file in path.iterdir())
 
 
 def short_name(name: str) -> str:

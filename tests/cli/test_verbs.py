@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -35,6 +36,15 @@ def test_convert_and_back_gives_the_dense_model(dense, tmp_path, capsys):
 
     assert main(["convert", str(tmp_path / "msa"), "--out", str(tmp_path / "b"), "--to-dense"]) == 0
     assert same(weights(tmp_path / "b"), weights(dense))
+
+
+def test_convert_keeps_to_the_model_where_there_is_no_tokenizer(dense, tmp_path, capsys):
+    bare = shutil.copytree(dense, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["convert", str(bare), "--out", str(tmp_path / "msa"), *BUDGET]) == 0
+    assert not list((tmp_path / "msa").glob("tokenizer*"))
+    auto = ["convert", str(bare), "--out", str(tmp_path / "b"), *BUDGET, "--layers", "auto"]
+    assert main(auto) == 2
+    assert "no tokenizer" in capsys.readouterr().err
 
 
 def test_convert_takes_the_layers_it_is_told(dense, tmp_path):
