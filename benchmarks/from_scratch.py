@@ -1,4 +1,4 @@
-"""MSA from scratch against its dense twin: the same recipe, tokens and seed, perplexity by position.
+"""MSA from scratch against its dense twin: same recipe, tokens and seed; held-out perplexity.
 
     python benchmarks/from_scratch.py --out runs/from_scratch
 

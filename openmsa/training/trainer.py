@@ -18,17 +18,6 @@ from openmsa.training.phases import Phase, Recipe
 
 def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArguments:
     """The arguments of one phase; a GPU is used where there is one."""
-    decays = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr"}
-    kind = decays.get(phase.schedule, "warmup_stable_decay")
-    extra = {}
-    if phase.schedule == "cosine":
-        extra = {"min_lr_rate": phase.decay_to}
-    if phase.schedule == "linear":
-        extra = {
-            "num_decay_steps": max(1, phase.steps - phase.warmup_steps),
-            "decay_type": "linear",
-            "min_lr_ratio": phase.decay_to,
-        }
     recompute = _recompute_arguments() if phase.checkpoint_activations else {}
     return TrainingArguments(
         output_dir=folder,
@@ -36,9 +25,7 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArg
         per_device_train_batch_size=phase.batch_size,
         gradient_accumulation_steps=phase.accumulate,
         learning_rate=phase.learning_rate,
-        lr_scheduler_type=kind,
-        lr_scheduler_kwargs=extra or None,
-        warmup_steps=phase.warmup_steps,
+        **_schedule(phase),
         weight_decay=phase.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -59,6 +46,22 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArg
         report_to=["tensorboard"],
         **recompute,
     )
+
+
+def _schedule(phase: Phase) -> dict:
+    """Warm up, then stay, or fall along a cosine or a line to `decay_to` of the learning rate."""
+    common = {"warmup_steps": phase.warmup_steps}
+    if phase.schedule == "constant":
+        return {"lr_scheduler_type": "constant_with_warmup", **common}
+    if phase.schedule == "cosine":
+        least = {"min_lr_rate": phase.decay_to}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": least, **common}
+    line = {
+        "num_decay_steps": max(1, phase.steps - phase.warmup_steps),
+        "decay_type": "linear",
+        "min_lr_ratio": phase.decay_to,
+    }
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": line, **common}
 
 
 def fast_bf16() -> bool:
