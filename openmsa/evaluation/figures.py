@@ -263,9 +263,12 @@ def _change_scale(ax: Axes) -> None:
     low, high = ax.get_ylim()
     if max(-low, high) <= 5:
         return
-    ax.set_yscale("symlog", linthresh=2, linscale=1.5)
-    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500]
-    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    ax.set_yscale("symlog", linthresh=2, linscale=1)
+    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    bottom = max((tick for tick in ticks if tick <= low), default=low)
+    top = min((tick for tick in ticks if tick >= high), default=high)
+    ax.set_ylim(bottom, top)
+    ax.set_yticks([tick for tick in ticks if bottom <= tick <= top])
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.set_ylabel("logarithmic beyond ±2%")

@@ -70,19 +70,7 @@ def selection_maps(maps: SelectionMap) -> Figure:
         for ax in axes[len(maps.layers) * groups :]:
             ax.set_axis_off()
         for place, ax in enumerate(axes[: len(maps.layers) * groups]):
-            layer, group = divmod(place, groups)
-            values = np.array(maps.probability[layer][group], dtype=float)
-            image = ax.imshow(
-                values,
-                cmap=SEQUENTIAL,
-                norm=PowerNorm(0.5, 0, 1),
-                interpolation="none",
-                extent=(0, maps.num_tokens, maps.num_tokens, 0),
-            )
-            ax.grid(False)
-            ax.set_title(f"layer {maps.layers[layer]}, group {group}")
-            ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
-            ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
+            image = _selection_map(ax, maps, *divmod(place, groups))
         for ax in axes[::columns]:
             ax.set_ylabel("query at token")
         for ax in axes[-columns:]:
@@ -93,6 +81,21 @@ def selection_maps(maps: SelectionMap) -> Figure:
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         bar.outline.set_visible(False)
     return figure
+
+
+def _selection_map(ax: Axes, maps: SelectionMap, layer: int, group: int):
+    image = ax.imshow(
+        np.array(maps.probability[layer][group], dtype=float),
+        cmap=SEQUENTIAL,
+        norm=PowerNorm(0.5, 0, 1),
+        interpolation="none",
+        extent=(0, maps.num_tokens, maps.num_tokens, 0),
+    )
+    ax.grid(False)
+    ax.set_title(f"layer {maps.layers[layer]}, group {group}")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(3, steps=[1, 2, 4, 5, 10]))
+    return image
 
 
 def _needle_map(ax: Axes, result: RetrievalResult, task: str):

@@ -22,6 +22,7 @@ from openmsa.evaluation.retrieval import wilson
 
 ANSWERS = {True: "✓ yes", False: "✗ no", None: "– not measured"}
 ABSENT = "–"
+CRITERION = ("rule", "measured", "holds")
 
 
 def write_report(evidence: Evidence, folder: str | os.PathLike) -> Path:
@@ -52,45 +53,42 @@ def render(evidence: Evidence, drawn: dict[str, Figure] | None = None) -> str:
     judged = criteria(evidence)
     holds = [c.holds for c in judged]
     mood = "no" if False in holds else ("yes" if all(holds) else "")
-    header = [
-        page.paragraph(
-            f"MiniMax Sparse Attention with {evidence.top_k} blocks of {evidence.block_size} "
-            f"tokens: a query reads {evidence.budget_tokens:,} tokens at most.",
-            "soft",
-        ),
-        page.paragraph(verdict(judged), f"verdict {mood}".strip()),
-    ]
-
-    def shown(name: str, sentence: str) -> list[str]:
-        if name not in drawn:
-            return [page.paragraph(sentence)]
-        svg = canvas.svg_text(drawn[name])
-        return [page.paragraph(sentence), page.picture(svg, name, sentence)]
-
+    budget = (
+        f"MiniMax Sparse Attention with {evidence.top_k} blocks of {evidence.block_size} tokens: "
+        f"a query reads {evidence.budget_tokens:,} tokens at most."
+    )
+    header = [page.paragraph(budget, "soft")]
+    header.append(page.paragraph(verdict(judged), f"verdict {mood}".strip()))
     rows = [(c.name, c.rule, c.measured, ANSWERS[c.holds]) for c in judged]
     sections = [
-        (
-            "criteria",
-            "Criteria",
-            [page.table(("", "rule", "measured", "holds"), rows, kind="words")],
-        ),
+        ("criteria", "Criteria", [page.table(("", *CRITERION), rows, kind="words")]),
         ("summary", "Summary", [_summary(evidence)]),
-        ("perplexity", "Perplexity", shown("perplexity", sentences.perplexity(evidence))),
-        (
-            "retrieval",
-            "Retrieval",
-            [*shown("retrieval", sentences.retrieval(evidence)), _answers(evidence)],
-        ),
-        ("recall", "Recall", [*shown("recall", sentences.recall(evidence)), _recall(evidence)]),
-        ("training", "Training", shown("training", sentences.training(evidence))),
-        ("selection", "Selection", shown("selection", sentences.selection(evidence.selection))),
-        ("decoding", "Decoding time", shown("decoding", sentences.decoding(evidence))),
-        ("bearing", "Before converting", shown("bearing", sentences.bearing(evidence.bearing))),
+        *_pictures(evidence, drawn),
         ("sample", "A sample", _sample(evidence)),
         ("settings", "Settings", _settings(evidence)),
         ("reproduce", "How to reproduce", _commands(evidence)),
     ]
     return page.page(evidence.title, header, sections)
+
+
+def _pictures(evidence: Evidence, drawn: dict[str, Figure]) -> list[page.Section]:
+    """A section per measurement: one sentence, its picture if there is one, its table if it has."""
+
+    def section(name: str, heading: str, sentence: str, details: str = "") -> page.Section:
+        parts = [page.paragraph(sentence)]
+        if name in drawn:
+            parts.append(page.picture(canvas.svg_text(drawn[name]), name, sentence))
+        return name, heading, [*parts, details]
+
+    return [
+        section("perplexity", "Perplexity", sentences.perplexity(evidence)),
+        section("retrieval", "Retrieval", sentences.retrieval(evidence), _answers(evidence)),
+        section("recall", "Recall", sentences.recall(evidence), _recall(evidence)),
+        section("training", "Training", sentences.training(evidence)),
+        section("selection", "Selection", sentences.selection(evidence.selection)),
+        section("decoding", "Decoding time", sentences.decoding(evidence)),
+        section("bearing", "Before converting", sentences.bearing(evidence.bearing)),
+    ]
 
 
 def summary_rows(evidence: Evidence) -> list[dict]:

@@ -98,7 +98,7 @@ def test_what_it_was_given_is_escaped(html):
     assert "<conversion>" not in html and "Made-up &lt;conversion&gt; &amp; report" in html
     assert "<b>bold</b>" not in html
     nasty = evidence(sample=replace(evidence().sample, written="</pre><script>alert(1)</script>"))
-    page = Page(render(nasty))
+    page = Page(render(nasty, {}))
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
 
 
@@ -131,8 +131,8 @@ def test_sentences_follow_the_numbers():
 
 def test_a_wrong_sample_is_called_wrong():
     wrong = evidence(sample=replace(evidence().sample, written="1111"))
-    assert "wrong; the right answer was '4821'" in Page(render(wrong)).text
-    assert "That is the right answer" in Page(render(evidence())).text
+    assert "wrong; the right answer was '4821'" in Page(render(wrong, {})).text
+    assert "That is the right answer" in Page(render(evidence(), {})).text
 
 
 def test_what_is_missing_is_said_to_be_missing():
@@ -156,8 +156,8 @@ def test_files_are_written_whole_and_the_json_reads_back(tmp_path):
     assert not list((tmp_path / "out").rglob("*unfinished*"))
 
 
-def test_the_same_evidence_gives_the_same_bytes():
-    assert render(evidence()) == render(evidence())
+def test_the_same_evidence_gives_the_same_bytes(html):
+    assert render(evidence()) == html
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
