@@ -42,6 +42,9 @@ LONG_FUNCTIONS: dict[str, str] = {
     "openmsa/ops/block_selection/__init__.py:select_blocks": SIGNATURE,
     "openmsa/ops/index_loss/__init__.py:index_loss": SIGNATURE,
     "openmsa/ops/sparse_attention/__init__.py:sparse_attention": SIGNATURE,
+    "openmsa/hf/attention.py:attention_function": "its signature is the one transformers calls",
+    "openmsa/hf/layout.py:find_layout": "one refusal for each kind of mask, in the order met",
+    "openmsa/ops/tiles.py:_cut": "one sort and what is read off it; half of it means nothing",
 }
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -181,8 +184,8 @@ def test_there_is_no_drawer_for_everything():
 def test_msa_can_be_read_in_one_sitting():
     """At most 6 modules say what MSA is: the mechanism, Selection and the four reference files.
 
-    Their lines and those of the four doors are at most 700. The checks of arguments and the choice
-    of a backend say nothing about MSA and are not counted; nor are the other backends.
+    Their lines and those of the four doors are at most 700. Checks of arguments, the choice of a
+    backend and its workspace say nothing about MSA and are not counted; nor are other backends.
     """
     reached: set[str] = set()
     waiting = ["openmsa.mechanisms.msa"]
@@ -193,7 +196,7 @@ def test_msa_can_be_read_in_one_sitting():
             continue
         reached.add(module)
         waiting += imports_of(MODULES[module])
-    reached -= {"openmsa.ops.checks", "openmsa.ops.backend"}
+    reached -= {f"openmsa.ops.{name}" for name in ("checks", "backend", "workspace")}
     doors = {module for module in reached if MODULES[module].name == "__init__.py"}
     lines = sum(len(MODULES[m].read_text(encoding="utf-8").splitlines()) for m in reached)
     assert len(reached - doors) <= READING_MODULES, sorted(reached - doors)
