@@ -75,4 +75,4 @@ def sum_of(x: Tensor, tile: Tiles) -> Tensor:
 def by_token(sums: Tensor, rows: Rows, like: Tensor) -> Tensor:
     """Sums per row of keys [g * rows, w * d] -> gradient of `like` [b, s, g, d], in its dtype."""
     sums = sums.view(like.shape[2], rows.count * rows.block_size, -1)
-    return sums[:, rows.key_slot].permute(1, 2, 0, 3).to(like.dtype).contiguous()
+    return sums[:, rows.key_slots()].permute(1, 2, 0, 3).to(like.dtype).contiguous()

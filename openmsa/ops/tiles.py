@@ -26,12 +26,24 @@ class Rows:
 
     block_size: int
     count: int
+    keys: int  # s
     batch: Tensor  # [rows]
     first: Tensor  # [rows] first key token
     row0: Tensor  # [b, t] first row of the query's sequence
     start: Tensor  # [b, t] first key token of the query's sequence
     position: Tensor  # [b, t] last key token that the query sees
-    key_slot: Tensor  # [b, s] row * block_size + place in the row, for every key token
+    cu_seqlens_k: Tensor | None
+
+    def key_slots(self) -> Tensor:
+        """row * block_size + place in the row, for every key token: [b, s]."""
+        key = torch.arange(self.keys, device=self.first.device)
+        if self.cu_seqlens_k is None:
+            n = -(-self.keys // self.block_size)
+            batch = torch.arange(self.row0.shape[0], device=key.device)[:, None]
+            return batch * n * self.block_size + key
+        row0 = _row0(self.cu_seqlens_k, self.block_size)
+        of_key = _owner(self.cu_seqlens_k[1:], self.keys)
+        return (row0[of_key] * self.block_size + key - self.cu_seqlens_k[of_key])[None]
 
 
 def rows_of(
@@ -51,41 +63,45 @@ def rows_of(
     return Rows(
         block_size=block_size,
         count=b * n,
+        keys=s,
         batch=batch.expand(b, n).flatten(),
         first=(torch.arange(n, device=device) * block_size).expand(b, n).flatten(),
         row0=zeros + batch * n,
         start=zeros,
         position=zeros + torch.arange(s - t, s, device=device),
-        key_slot=batch * n * block_size + torch.arange(s, device=device),
+        cu_seqlens_k=None,
     )
 
 
 def _packed_rows(t: int, s: int, block_size: int, cu_q: Tensor, cu_k: Tensor) -> Rows:
-    sequences = cu_q.shape[0] - 1
     # A bound that needs no look at the lengths: every sequence has at most one short block.
-    count = s // block_size + sequences
-    blocks = (cu_k.diff() + block_size - 1) // block_size
-    last_row = blocks.cumsum(0)
-    row0 = last_row - blocks
-
-    def owner(borders: Tensor, number: int) -> Tensor:
-        places = torch.arange(number, device=borders.device)
-        return torch.searchsorted(borders, places, right=True).clamp(max=sequences - 1)
-
-    of_row, of_query, of_key = owner(last_row, count), owner(cu_q[1:], t), owner(cu_k[1:], s)
+    count = s // block_size + cu_q.shape[0] - 1
+    row0 = _row0(cu_k, block_size)
+    of_row, of_query = _owner(row0[1:], count), _owner(cu_q[1:], t)
     row = torch.arange(count, device=cu_q.device)
-    query = torch.arange(t, device=cu_q.device)
-    key = torch.arange(s, device=cu_q.device)
     return Rows(
         block_size=block_size,
         count=count,
+        keys=s,
         batch=torch.zeros_like(row),
         first=cu_k[of_row] + (row - row0[of_row]) * block_size,
         row0=row0[of_query][None],
         start=cu_k[of_query][None],
-        position=(cu_k[of_query + 1] - cu_q[of_query + 1] + query)[None],
-        key_slot=(row0[of_key] * block_size + key - cu_k[of_key])[None],
+        position=(cu_k[1:] - cu_q[1:])[of_query][None] + torch.arange(t, device=cu_q.device),
+        cu_seqlens_k=cu_k,
     )
+
+
+def _row0(cu_seqlens: Tensor, block_size: int) -> Tensor:
+    """First row of every sequence, and one past the last: [sequences + 1]."""
+    blocks = (cu_seqlens.diff() + block_size - 1) // block_size
+    return torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+
+
+def _owner(ends: Tensor, number: int) -> Tensor:
+    """The sequence that place 0 ... number - 1 belongs to, from the places where sequences end."""
+    places = torch.arange(number, device=ends.device)
+    return torch.searchsorted(ends, places, right=True).clamp(max=ends.shape[0] - 1)
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,9 @@ def walk(blocks: Tensor, rows: Rows, r: int, bytes_per_pair: int) -> Iterator[tu
     """Cut blocks [b, groups, t, k] into chunks that fit the workspace, and every chunk into
     tiles."""
     b, groups, t, k = blocks.shape
-    s = rows.key_slot.shape[1]
-    if 0 in (b, groups, t, k, s):
+    if 0 in (b, groups, t, k, rows.keys):
         return
-    n = -(-s // rows.block_size)
+    n = -(-rows.keys // rows.block_size)
     at_once = rows_at_once(bytes_per_pair * k, blocks.device, wanted=16 * n // k)
     for chunk in _chunks(b, groups, t, at_once):
         yield chunk, _cut(blocks, rows, chunk, r, _width(chunk.sizes[2] * k // n, r))

@@ -10,10 +10,7 @@ from openmsa.ops.block_selection import portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_IMPLEMENTATIONS = {
-    "reference": reference.select_blocks,
-    "portable": portable.select_blocks,
-}
+_BACKENDS = {"reference": reference, "portable": portable}
 
 
 def select_blocks(
@@ -49,7 +46,7 @@ def select_blocks(
     checks.forced(local_blocks, sink_blocks, top_k)
     index_scale = checks.scale_or_default("index_scale", index_scale, q_index.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q_index, k_index, cu_seqlens_q, cu_seqlens_k)
-    run = _IMPLEMENTATIONS[backends.choose(backend, q_index.device)]
+    run = _BACKENDS[backends.choose(backend, q_index.device)].select_blocks
     with no_autocast(q_index):
         blocks = run(
             q_index,

@@ -9,10 +9,7 @@ from openmsa.ops import checks
 from openmsa.ops.dense_attention import portable, reference
 from openmsa.ops.workspace import no_autocast
 
-_IMPLEMENTATIONS = {
-    "reference": reference.dense_attention,
-    "portable": portable.dense_attention,
-}
+_BACKENDS = {"reference": reference, "portable": portable}
 
 
 def dense_attention(
@@ -42,7 +39,7 @@ def dense_attention(
     checks.heads(q, k)
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _IMPLEMENTATIONS[backends.choose(backend, q.device)]
+    run = _BACKENDS[backends.choose(backend, q.device)].dense_attention
     with no_autocast(q):
         out, lse = run(q, k, v, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return (out, lse.detach()) if return_lse else out

@@ -10,10 +10,7 @@ from openmsa.ops.index_loss import portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_IMPLEMENTATIONS = {
-    "reference": reference.index_loss,
-    "portable": portable.index_loss,
-}
+_BACKENDS = {"reference": reference, "portable": portable}
 
 
 def index_loss(
@@ -57,7 +54,7 @@ def index_loss(
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     index_scale = checks.scale_or_default("index_scale", index_scale, q_index.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _IMPLEMENTATIONS[backends.choose(backend, q.device)]
+    run = _BACKENDS[backends.choose(backend, q.device)].index_loss
     with no_autocast(q):
         return run(
             q,

@@ -10,10 +10,7 @@ from openmsa.ops.sparse_attention import portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_IMPLEMENTATIONS = {
-    "reference": reference.sparse_attention,
-    "portable": portable.sparse_attention,
-}
+_BACKENDS = {"reference": reference, "portable": portable}
 
 
 def sparse_attention(
@@ -47,7 +44,7 @@ def sparse_attention(
     checks.selection(selection, q, (1, k.shape[2], q.shape[2]))
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _IMPLEMENTATIONS[backends.choose(backend, q.device)]
+    run = _BACKENDS[backends.choose(backend, q.device)].sparse_attention
     with no_autocast(q):
         out, lse = run(
             q,
