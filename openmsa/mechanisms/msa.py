@@ -71,17 +71,10 @@ def _layers(layers) -> tuple[int, ...]:
 REMEMBERS = ("k", "v", "k_index")
 
 
-def select(
-    config: MSAConfig,
-    q_index: Tensor,
-    k_index: Tensor,
-    *,
-    index_scale: float | None = None,
-    **where,
-) -> Selection:
+def select(config: MSAConfig, q_index: Tensor, k_index: Tensor, **how) -> Selection:
     """q_index [b, t, g, d_index], k_index [b, s, d_index] -> blocks [b, g, t, k].
 
-    where, here and below: cu_seqlens_q, cu_seqlens_k and backend, as in the operations.
+    how, here and below: scales, cu_seqlens_q, cu_seqlens_k and backend, as in the operations.
     """
     return select_blocks(
         q_index,
@@ -90,8 +83,7 @@ def select(
         top_k=config.top_k,
         local_blocks=config.local_blocks,
         sink_blocks=config.sink_blocks,
-        index_scale=index_scale,
-        **where,
+        **how,
     )
 
 
@@ -102,24 +94,19 @@ def attend(
     selection: Selection | None,
     *,
     scale: float | None = None,
-    **where,
+    **how,
 ) -> tuple[Tensor, Tensor]:
     """q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value] -> out [b, t, h, d_value], lse
 
     Without a selection, over every visible key.
     """
     if selection is None:
-        return dense_attention(q, k, v, scale=scale, return_lse=True, **where)
-    return sparse_attention(q, k, v, selection, scale=scale, return_lse=True, **where)
+        return dense_attention(q, k, v, scale=scale, return_lse=True, **how)
+    return sparse_attention(q, k, v, selection, scale=scale, return_lse=True, **how)
 
 
 def loss(
-    q: Tensor,
-    k: Tensor,
-    q_index: Tensor,
-    k_index: Tensor,
-    selection: Selection | None,
-    **how,
+    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, selection: Selection | None, **how
 ) -> Tensor:
     """The index against the attention it predicts, on the support that attention had; a scalar."""
     return index_loss(q, k, q_index, k_index, selection, **how)
