@@ -30,8 +30,9 @@ def run_and_look(
     with evaluating(model, autocast_dtype), hf.capture_attention(model) as calls:
 
         def drain(*_) -> None:
-            while calls:
-                look(calls.pop(0))
+            with torch.autocast(device.type, enabled=False):  # masses are measured in fp32
+                while calls:
+                    look(calls.pop(0))
 
         hooks = [m.register_forward_hook(drain) for m in model.modules() if _is_sparse(m)]
         try:

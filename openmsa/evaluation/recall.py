@@ -185,7 +185,13 @@ def evaluate_recall(
     return Recall(layers, config.block_size, config.top_k)
 
 
-def probe(model, input_ids: Tensor, *, max_queries: int = 64) -> dict[str, float]:
+def probe(
+    model,
+    input_ids: Tensor,
+    *,
+    max_queries: int = 64,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, float]:
     """Recall for a training log, from `max_queries` queries per sequence. input_ids [b, t] int.
 
     Keys "block_recall/layer_0", "score_recall/layer_0", "captured_mass/layer_0" ... and the means
@@ -193,7 +199,11 @@ def probe(model, input_ids: Tensor, *, max_queries: int = 64) -> dict[str, float
     training flag is put back. Raises ValueError as `evaluate_recall` does.
     """
     recall = evaluate_recall(
-        model, input_ids, max_queries=max_queries, batch_size=len(input_ids), progress=None
+        model,
+        input_ids,
+        max_queries=max_queries,
+        batch_size=len(input_ids),
+        autocast_dtype=autocast_dtype,
     )
     logged = MEASURES[:3]
     values = {f"{m}/layer_{layer.layer}": layer.mean(m) for layer in recall.layers for m in logged}

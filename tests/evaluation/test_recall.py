@@ -173,7 +173,8 @@ def test_an_own_selection_of_the_call_is_believed():
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_nothing_beats_the_oracle_and_recall_is_a_share(seed):
-    recall = as_tensor(call_recall(random_call(1, 21, 21, 4, 2, seed=seed), CONFIG))
+    one_query = random_call(1, 1, 21, 4, 2, seed=seed)  # of means, the third line would not hold
+    recall = as_tensor(call_recall(one_query, CONFIG))
     block, score, captured, oracle = recall.unbind(1)
     assert (captured <= oracle + 1e-6).all() and (oracle <= 1 + 1e-6).all()
     assert (score * oracle <= captured + 1e-6).all()
@@ -272,6 +273,16 @@ def test_one_layer_is_held_at_a_time():
         pass
     run_and_look(model, list(ids(2, 20)), lambda call: held.append(call.layer))
     assert held == hf.msa_layers(model), "shown in order, each once per batch"
+
+
+def test_masses_are_measured_in_full_precision_under_autocast():
+    model, seen = converted("dense"), []
+
+    def look(call):
+        seen.append((call.q.dtype, torch.is_autocast_enabled("cpu")))
+
+    run_and_look(model, list(ids(1, 20)), look, autocast_dtype=torch.bfloat16)
+    assert seen == [(torch.bfloat16, False)] * 3
 
 
 def test_a_dense_model_and_a_short_text_are_refused():
