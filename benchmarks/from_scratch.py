@@ -26,8 +26,8 @@ from openmsa.training.trainer import fast_bf16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/from_scratch"))
-    parser.add_argument("--warm-steps", type=int, default=150)
-    parser.add_argument("--sparse-steps", type=int, default=450)
+    parser.add_argument("--warm-steps", type=int, default=60)
+    parser.add_argument("--sparse-steps", type=int, default=200)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--texts", type=int, default=200)

@@ -84,7 +84,7 @@ def msa_cpt(warm_steps: int = 60, sparse_steps: int = 60) -> Recipe:
     )
 
 
-def msa_pt(warm_steps: int = 150, sparse_steps: int = 450) -> Recipe:
+def msa_pt(warm_steps: int = 60, sparse_steps: int = 200) -> Recipe:
     """From scratch (MSA-PT): dense attention and the index on the whole prefix, then sparse."""
     sizes = {"seq_len": 512, "batch_size": 12, "learning_rate": 3e-3, "weight_decay": 0.1}
     return Recipe(

@@ -147,7 +147,9 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     for observer in observers:
         if isinstance(observer, Probe):
             observer.trainer = trainer
+    use_cache = model.config.use_cache
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     _finish(trainer, tokenizer, folder)
     return trainer.accelerator.unwrap_model(trainer.model)
 
