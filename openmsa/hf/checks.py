@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from openmsa.hf.classes import rotation_of
-from openmsa.hf.index_branch import kept_channels
+from openmsa.hf.derive import pairs_of
 from openmsa.mechanisms.msa import MSAConfig
 
 PROBE = "openmsa_probe"
@@ -246,20 +246,13 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _half_split(rotate, turned: int, dim: int, kind: str) -> None:
-    """A narrower index keeps pairs (i, i + dim / 2): see that these are the ones RoPE turns
-    together.
-    """
-    pairs = kept_channels(dim, 2).tolist()
-    if turned == dim:
-        x = torch.zeros(1, 1, 1, dim)
-        x[..., pairs[0]] = 1
-        turned_x = rotate(x, x, torch.zeros(1, 1, dim), torch.ones(1, 1, dim))[0]
-        if turned_x.flatten().nonzero().flatten().tolist() == [pairs[1]]:
-            return
-    raise ValueError(
-        f"{kind}: a d_index below the head dim needs RoPE over the whole head in two halves; "
-        "leave d_index out"
-    )
+    """A narrower index is laid out in two halves: see that RoPE turns a whole head in this way."""
+    halves = torch.arange(dim).view(2, -1)
+    if turned != dim or not torch.equal(pairs_of(rotate, turned, dim), halves):
+        raise ValueError(
+            f"{kind}: a d_index below the head dim needs RoPE over the whole head in two halves; "
+            "leave d_index out"
+        )
 
 
 AttentionInterface.register(PROBE, _spy)

@@ -24,8 +24,9 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
     Every layer of `config.layers` (None: all) gets an index branch. The classes of these layers and
     of the model become subclasses of what they were, model.config a copy of such a class; all
     weights stay the same objects. The phase is "sparse".
-    init: "main" starts the index from the main branch (see `derive_from_main`), which is useful
-    before any training; "random" as the model starts its own weights.
+    init: "main" derives the index from the main branch, by running the model on a few random tokens
+    (see openmsa.hf.derive): useful before any training. "random": as the model starts its own
+    weights.
 
     Raises ValueError, before anything is changed, for a model that cannot be converted (naming the
     part that is missing or in the way), an already converted one, a config that does not fit it,
@@ -45,12 +46,12 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
     checks.finite_weights(model)
 
     kind = model.config.model_type
+    make_sparse(model, config, init)
     model.msa_dense_attention = model.config._attn_implementation
     model.__class__ = model_class(kind)
     made = _own_config(model, config_class(kind))
     made.base_model_type, made.openmsa = kind, as_fields(config)
     made._attn_implementation = NAME
-    make_sparse(model, config, init)
     return model
 
 

@@ -29,74 +29,42 @@ def num_groups_of(attention: nn.Module) -> int:
     return attention.k_proj.out_features // head_dim_of(attention)
 
 
-def kept_channels(head_dim: int, d_index: int) -> Tensor:
-    """Which channels of a head a narrower index keeps, int64 [d_index].
-
-    RoPE turns channels i and i + head_dim / 2 by one angle, so a pair stays or goes as one. The
-    pairs kept are spread evenly over the frequencies and always hold the slowest, which tells far
-    blocks apart.
-    """
-    pairs, kept = head_dim // 2, d_index // 2
-    chosen = (torch.arange(1, kept + 1) * pairs) // kept - 1
-    return torch.cat([chosen, chosen + pairs])
-
-
 def add_index_branch(attention: nn.Module, d_index: int) -> None:
-    """Give `attention` the modules of an index of width `d_index`, not initialised, beside
-    its own.
+    """Give `attention` the modules of an index of width `d_index`, not initialised, beside its own.
+
+    An index narrower than the head keeps some of the pairs of channels that RoPE turns together,
+    hence their angles: `index_channels` says which, first all firsts, then all seconds. Here they
+    are spread evenly over the frequencies.
     """
-    q, k = attention.q_proj, attention.k_proj
+    q, k, dim = attention.q_proj, attention.k_proj, head_dim_of(attention)
     like = {"device": q.weight.device, "dtype": q.weight.dtype}
+    bias_q, bias_k = q.bias is not None, k.bias is not None
     groups = num_groups_of(attention)
-    bias = q.bias is not None
-    attention.index_q_proj = nn.Linear(q.in_features, groups * d_index, bias=bias, **like)
-    bias = k.bias is not None
-    attention.index_k_proj = nn.Linear(k.in_features, d_index, bias=bias, **like)
-    channels = kept_channels(head_dim_of(attention), d_index)
+    for name, size, bias in (("q", groups * d_index, bias_q), ("k", d_index, bias_k)):
+        proj = nn.utils.skip_init(nn.Linear, q.in_features, size, bias=bias, **like)
+        setattr(attention, f"index_{name}_proj", proj)
     for ours, main in NORMS.items():
         if getattr(attention, main, None) is not None:
-            setattr(attention, ours, _norm_like(getattr(attention, main), channels))
+            setattr(attention, ours, _norm_like(getattr(attention, main), d_index))
+    if d_index < dim:
+        half, kept = dim // 2, d_index // 2
+        firsts = (torch.arange(1, kept + 1, device=q.weight.device) * half) // kept - 1
+        attention.register_buffer("index_channels", torch.cat([firsts, firsts + half]))
 
 
-def _norm_like(norm: nn.Module, channels: Tensor) -> nn.Module:
+def _norm_like(norm: nn.Module, channels: int) -> nn.Module:
     """A norm of the same class over fewer channels."""
     ours = copy.deepcopy(norm)
     for name, weight in list(ours.named_parameters(recurse=False)):
-        setattr(ours, name, nn.Parameter(weight.detach()[channels.to(weight.device)].clone()))
+        setattr(ours, name, nn.Parameter(weight.detach()[:channels].clone()))
     return ours
 
 
 def remove_index_branch(attention: nn.Module) -> None:
-    """Take the modules away again."""
-    for name in MODULES:
+    """Take it away again."""
+    for name in (*MODULES, "index_channels"):
         if hasattr(attention, name):
             delattr(attention, name)
-
-
-@torch.no_grad()
-def derive_from_main(attention: nn.Module, d_index: int) -> None:
-    """Start the index from the main branch: query = mean of the group's heads, key = mean of the KV
-    heads.
-
-    A narrower index keeps the channels of `kept_channels`; norms are shared by all heads and taken
-    over. Without a norm the query carries the factor that makes q_index . k_index / sqrt(d_index) a
-    logit on the main branch's scale.
-    """
-    dim, groups = head_dim_of(attention), num_groups_of(attention)
-    channels = kept_channels(dim, d_index).to(attention.q_proj.weight.device)
-    scale = attention.scaling * d_index**0.5 if not hasattr(attention, "index_q_norm") else 1.0
-    for name in ("weight", "bias"):
-        q, k = getattr(attention.q_proj, name), getattr(attention.k_proj, name)
-        if q is not None:
-            mean = q.unflatten(0, (groups, -1, dim)).float().mean(1)[:, channels] * scale
-            getattr(attention.index_q_proj, name).copy_(mean.flatten(0, 1))
-        if k is not None:
-            mean = k.unflatten(0, (-1, dim)).float().mean(0)[channels]
-            getattr(attention.index_k_proj, name).copy_(mean)
-    for ours, main in NORMS.items():
-        if hasattr(attention, ours):
-            for name, weight in getattr(attention, ours).named_parameters():
-                weight.copy_(getattr(attention, main).get_parameter(name)[channels])
 
 
 @torch.no_grad()
@@ -124,9 +92,8 @@ def index_of(
 def rotated(attention, q: Tensor, k: Tensor, position_embeddings, d_index: int):
     """RoPE by the main branch's own function: q [b, t, g, d_index], k [b, t, 1, d_index]."""
     cos, sin = position_embeddings
-    dim = head_dim_of(attention)
-    if d_index < dim:
-        channels = kept_channels(dim, d_index).to(cos.device)
+    if d_index < head_dim_of(attention):
+        channels = attention.index_channels
         cos, sin = cos[..., channels], sin[..., channels]
     turned = cos.shape[-1]  # fewer than d_index where RoPE turns a part of the head only
     pair = [x[..., :turned].transpose(1, 2) for x in (q, k)]

@@ -9,12 +9,8 @@ from openmsa.hf import checks
 from openmsa.hf.attention import MSAAttentionMixin
 from openmsa.hf.classes import attention_class, base_of
 from openmsa.hf.config import sparse_layers
-from openmsa.hf.index_branch import (
-    add_index_branch,
-    derive_from_main,
-    remove_index_branch,
-    start_at_random,
-)
+from openmsa.hf.derive import derive_from_main, samples_of
+from openmsa.hf.index_branch import add_index_branch, remove_index_branch, start_at_random
 from openmsa.mechanisms.msa import MSAConfig
 
 
@@ -25,16 +21,17 @@ def make_sparse(model: PreTrainedModel, config: MSAConfig, init: str = "random")
     own modules.
     """
     every = checks.attentions(model)
-    for layer in sparse_layers(config, len(every)):
-        attention = every[layer]
+    chosen = [every[layer] for layer in sparse_layers(config, len(every))]
+    samples = samples_of(model, chosen) if init == "main" else [None] * len(chosen)
+    for attention, sample in zip(chosen, samples, strict=True):
         d_index = checks.width(config, attention)
         attention.__class__ = attention_class(type(attention))
         attention.msa, attention.msa_d_index = config, d_index
         add_index_branch(attention, d_index)
-        if init == "main":
-            derive_from_main(attention, d_index)
-        else:
+        if sample is None:
             start_at_random(attention, model._init_weights)
+        else:
+            derive_from_main(attention, sample, d_index)
 
 
 def make_dense(attention: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openmsa.hf import attention, checks
 from openmsa.hf.attention import LossRecord, MSAAttentionMixin
-from openmsa.hf.cache import msa_cache_layer
+from openmsa.hf.cache import MSACacheLayer, msa_cache_layer
 from openmsa.hf.classes import output_class
 from openmsa.hf.config import from_fields
 from openmsa.hf.layers import make_sparse
@@ -52,6 +52,11 @@ class MSAModelMixin:
         """The attention modules of the sparse layers, in order."""
         return [module for module in self.modules() if isinstance(module, MSAAttentionMixin)]
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As in transformers, which may make masks for a cache that we refuse."""
+        _hold_index(self.msa_attentions(), kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
         """The forward pass of the base class; in training, with the index loss added (see
         `_with_index_loss`).
@@ -93,8 +98,7 @@ class MSAModelMixin:
             )
         inputs = kwargs.get("input_ids")
         batch, num_queries = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        held = [] if cache is None else [msa_cache_layer(cache, m.layer_idx) for m in layers]
+        held = _hold_index(layers, kwargs)
         num_cached = held[0].get_seq_length() if held else 0
         borders = kwargs.get("cu_seq_lens_q")
         layout = find_layout(
@@ -121,6 +125,12 @@ class MSAModelMixin:
                 "model; shorten it, or "
                 "raise model.config.max_position_embeddings if you trust its RoPE beyond them"
             )
+
+
+def _hold_index(layers: list, kwargs: dict) -> list[MSACacheLayer]:
+    """The cache layers of the sparse layers, if a cache came in. Raises ValueError as they do."""
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    return [] if cache is None else [msa_cache_layer(cache, m.layer_idx) for m in layers]
 
 
 def _leave_cache_out(kwargs: dict) -> None:

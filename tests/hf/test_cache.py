@@ -219,6 +219,10 @@ def test_caches_that_cannot_hold_index_keys_are_refused():
     sliding.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(3)]
     with pytest.raises(ValueError, match="DynamicSlidingWindowLayer cannot hold"):
         logits(model, ids, **{CACHE: sliding})
+    other = DynamicCache()
+    other.layers = [type("Quantized", (DynamicLayer,), {})() for _ in range(3)]
+    with pytest.raises(ValueError, match="DynamicCache with Quantized cannot hold"):
+        logits(model, ids, **{CACHE: other})
     with pytest.raises(ValueError, match="needs a DynamicCache, got tuple"):
         logits(model, ids, **{CACHE: ((torch.zeros(1),),)})
     ours = DynamicCache()
