@@ -72,13 +72,17 @@ def eager_loss(q, k, q_index, k_index, read, scale, index_scale) -> Tensor:
 
 
 def assert_as_good_as_eager(ours: Tensor, eager: Tensor, truth: Tensor, what: str = "") -> None:
-    """Mean and largest error against fp64 at most twice eager's; a last place is always allowed."""
+    """Mean and largest error against fp64 at most twice eager's.
+
+    The largest error, and the only error of a single number, may be one last place more: eager is
+    at times exactly right by luck.
+    """
     last_place = torch.finfo(ours.dtype).eps * truth.abs().max()
     error, allowed = ((x.double() - truth).abs() for x in (ours, eager))
     assert not error.isnan().any(), f"{what}: NaN"
-    assert error.mean() <= 2 * allowed.mean() + last_place / 16, (
-        f"{what}: mean error {error.mean():.2e}, eager {allowed.mean():.2e}"
-    )
     assert error.max() <= 2 * allowed.max() + last_place, (
         f"{what}: largest error {error.max():.2e}, eager {allowed.max():.2e}"
+    )
+    assert error.numel() == 1 or error.mean() <= 2 * allowed.mean(), (
+        f"{what}: mean error {error.mean():.2e}, eager {allowed.mean():.2e}"
     )
