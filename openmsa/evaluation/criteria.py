@@ -125,7 +125,7 @@ def _control(evidence: Evidence) -> Criterion:
     if converted.perplexity is None or control.perplexity is None:
         return Criterion(name, rule, "not measured", None)
     change = compare(converted.perplexity, control.perplexity)
-    measured = f"{change.perplexity_change:+.2%}"
+    measured = sentences.change_text(change)
     if change.mean_stderr is None:
         return Criterion(name, rule, f"{measured}, no error from one text", None)
     return Criterion(name, rule, measured, change.mean_difference > 2 * change.mean_stderr)

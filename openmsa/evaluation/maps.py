@@ -31,7 +31,7 @@ def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
         if (r.tasks, r.context_tokens, r.depths, r.total, r.seed) != shape:
             raise ValueError(f"results[{name!r}] is of another plan; evaluate all with one plan")
     with canvas.style():
-        height = 0.9 + len(first.tasks) * (0.25 + 0.2 * len(first.depths))
+        height = 0.9 + len(first.tasks) * (0.25 + 0.2 * max(4, len(first.depths)))
         figure, axes = canvas.panels(
             len(first.tasks), len(results), height_inches=height, sharex=True, sharey=True
         )
