@@ -1,5 +1,7 @@
 """Retrieval examples: what is asked stands in the context, where it was asked to stand, once."""
 
+from itertools import pairwise
+
 import pytest
 
 from openmsa.training.retrieval import TASKS, make_document, make_example
@@ -22,7 +24,7 @@ def test_the_answer_stands_once_in_a_context_that_is_full(task, context_tokens, 
     question = made.prompt.rsplit("\n", 1)[1]
     body = made.prompt[: -len(question)]
     links = (question + made.answer).split(" = ")
-    for name, value in zip(links, links[1:], strict=False):
+    for name, value in pairwise(links):
         assert body.count(f"{name} = {value}\n") == 1
         assert body.count(f"{name} = ") == 1
 

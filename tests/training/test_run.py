@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened; accumulation does not change the loss."""
+"""A run that is killed goes on as if nothing had happened; accumulation changes no loss."""
 
 import json
 import os
@@ -102,7 +102,8 @@ def test_phases_train_what_they_say_and_log_the_index(source, tmp_path):
     assert all(0 < line["kl/layer_0"] < 5 and 3 < line["lm_loss"] < 8 for line in trained)
     assert lines[-1]["tokens"] == 4 * 2 * 64 + 6 * 2 * 2 * 64
     assert sum("score_recall" in line for line in lines) == len(probed) == 3 + 4
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "1-sparse" / "model").config.use_cache
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "1-sparse" / "model")
+    assert saved.config.use_cache
 
 
 def test_killed_at_any_moment_it_resumes_bit_for_bit(source, tmp_path):
