@@ -56,8 +56,8 @@ def make_example(
     """Make one test example: the asked line stands at `depth` (0 = start, 1 = end) of the context.
 
     task: one of `TASKS`. context_tokens: length of prompt and answer together, in tokens of
-    `encode` (bytes when None); the example fills it up to one line of filler. filler: any text, of
-    which a stretch is taken by the seed. The same arguments always give the same example.
+    `encode`, exactly so for bytes (encode None), so that examples need no padding in a batch.
+    filler: any text, of which a stretch is taken by the seed. The same arguments always give the same example.
     Raises ValueError for an unknown task, a depth outside [0, 1], an empty filler or a context too
     short to hold the lines.
     """
@@ -71,8 +71,10 @@ def make_example(
             f"context_tokens={context_tokens} cannot hold the {len(lines)} lines of task {task!r}; "
             f"give at least {context_tokens - room}"
         )
-    pieces = _lay(rng, lines, asked, depth, _filler_lines(rng, filler, room, length), length)
-    return RetrievalExample(task, "".join(pieces) + question, answer, depth, context_tokens)
+    taken = [] if task == "key_value" else _filler_lines(rng, filler, room, length)
+    text = "".join(_lay(rng, lines, asked, depth, taken, length)) + question
+    front = _cut_line(filler, context_tokens - length(text + answer), length)
+    return RetrievalExample(task, front + text, answer, depth, context_tokens)
 
 
 def make_document(
@@ -170,6 +172,17 @@ def _filler_lines(
             break
         taken.append(line)
     return taken
+
+
+def _cut_line(filler: str, room: int, length: Callable[[str], int]) -> str:
+    """One line of at most `room` tokens that starts as some line of `filler` does."""
+    if room <= 0:
+        return ""
+    words = max(filler.splitlines(), key=len)
+    line = "#" * room if len(words) < room else words[:room].encode("ascii", "replace").decode()
+    while line and length(line[:-1] + "\n") > room:
+        line = line[:-1]
+    return line[:-1] + "\n"
 
 
 def _lay(
