@@ -1,5 +1,4 @@
-"""The attention function that transformers calls by the name "openmsa", and the attention module
-that feeds it.
+"""The attention function "openmsa" of transformers, and the attention module that feeds it.
 
 A converted layer computes its index, puts the index keys into the cache and lets its base class do
 the rest: the base projects, rotates, caches and calls the attention function with whatever keyword
@@ -28,11 +27,11 @@ NAME = "openmsa"
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What one converted layer attended with: q [b, t, h, d], k, v [b, s, g, d], q_index [b, t, g,
-    d_index], k_index [b, s, d_index], all detached; packed (b = 1, with cu_seqlens) where the batch
-    had padding.
+    """What a sparse layer attended with, detached.
 
-    selection is None in the phases "dense" and "warmup".
+    q [b, t, h, d], k and v [b, s, g, d], q_index [b, t, g, d_index], k_index [b, s, d_index];
+    packed (b = 1, with cu_seqlens) where the batch was padded or packed. selection is None in the
+    phases "dense" and "warmup".
     """
 
     layer: int
@@ -50,9 +49,7 @@ class AttentionCall:
 
 @dataclass(eq=False)
 class LossRecord:
-    """Index losses of one forward pass, by layer: a layer that is recomputed does not count
-    twice.
-    """
+    """Index losses of one forward pass, by layer: recomputing a layer does not count twice."""
 
     losses: dict[int, Tensor] = field(default_factory=dict)
     with_gradient: bool = field(default_factory=torch.is_grad_enabled)
@@ -64,17 +61,15 @@ class LossRecord:
         """Raises ValueError inside a layer that runs without a graph although the model has one."""
         if self.with_gradient and not torch.is_grad_enabled():
             raise ValueError(
-                "a sparse layer runs under reentrant gradient checkpointing, which would lose "
-                "the index loss; "
+                "a sparse layer runs under reentrant gradient checkpointing, which would lose the "
+                "index loss; "
                 'enable checkpointing with {"use_reentrant": False}'
             )
 
 
 @dataclass(eq=False)
 class Masks:
-    """What our mask function returns: the padding mask as given, and transformers' own mask if a
-    dense layer asks.
-    """
+    """The padding mask as it came in, and transformers' own mask if a dense layer asks for it."""
 
     padding: Tensor | None
     arguments: dict
@@ -118,22 +113,18 @@ class MSAAttentionMixin:
 
 
 def check_name(attn_implementation: str) -> None:
-    """Raises ValueError for any attention function but ours: it would run the sparse layers
-    dense.
-    """
+    """Raises ValueError for any attention function but ours."""
     if attn_implementation != NAME:
         raise ValueError(
-            f"attn_implementation={attn_implementation!r} would run the sparse layers dense; "
-            "leave it out, or use "
+            f"attn_implementation={attn_implementation!r} would run the sparse layers dense; leave "
+            "it out, or use "
             'openmsa.hf.set_phase(model, "dense") for dense attention and to_dense(model) for '
             "the dense model"
         )
 
 
 def mask_function(*, attention_mask=None, **arguments) -> Masks:
-    """The mask function of "openmsa": no mask is built unless a layer that was left dense
-    needs it.
-    """
+    """No mask is built unless a layer that was left dense needs it."""
     return Masks(attention_mask, {"attention_mask": attention_mask, **arguments})
 
 
@@ -150,13 +141,11 @@ def attention_function(
     msa_record: LossRecord | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, called by transformers: query [b, h, t, d], key, value [b, g, s, d]
-    -> [b, t, h, d].
+    """Attention of one layer, as transformers calls it, by the name "openmsa".
 
-    A layer that was left dense runs transformers' scaled dot product attention, its sliding window
-    and all.
-    Raises ValueError for dropout, for attention that is not causal and for masks that are not
-    padding masks.
+    query [b, h, t, d], key and value [b, g, s, d] -> [b, t, h, d], None. A layer that was left
+    dense runs transformers' scaled dot product attention, its sliding window and all.
+    Raises ValueError for dropout, for attention that is not causal and for custom masks.
     """
     if msa_index is None:
         mask = attention_mask.full if isinstance(attention_mask, Masks) else attention_mask
@@ -166,8 +155,7 @@ def attention_function(
     if dropout:
         raise ValueError(
             f"attention_dropout={dropout} is not supported in a sparse layer; set "
-            "model.config.attention_dropout "
-            "and the attention_dropout of its layers to 0"
+            "model.config.attention_dropout and the attention_dropout of its layers to 0"
         )
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False is not supported: block selection is causal")
@@ -197,9 +185,7 @@ def _layout(q: Tensor, k: Tensor, masks: Masks | None, kwargs: dict) -> Layout |
 
 
 def _one_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """That of autocast where it is on, as transformers' own attention has it; else that of the
-    values.
-    """
+    """As autocast wants it, like transformers' own attention; without autocast, as the values."""
     kind = tensors[0].device.type
     auto = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if auto else tensors[2].dtype

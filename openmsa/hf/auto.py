@@ -1,7 +1,7 @@
-"""Converted models in AutoConfig, AutoModelForCausalLM and AutoTokenizer, with classes made from
-those of the base.
+"""Converted models in AutoConfig, AutoModelForCausalLM and AutoTokenizer.
 
-MSAQwen3Config and MSAQwen3ForCausalLM are made when "qwen3" is first converted or loaded.
+Their classes are made from those of the base model: MSAQwen3Config and MSAQwen3ForCausalLM when
+"qwen3" is first converted or loaded.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def _base(base_model_type: str) -> tuple[type, type]:
 
 
 def _forward(base: type) -> dict:
-    """A forward with the base's signature, by which Trainer picks columns and generate checks
-    arguments.
-    """
+    """A forward with the base's signature: Trainer picks columns by it, generate checks by it."""
 
     @wraps(base.forward)
     def forward(self, *args, **kwargs):
@@ -103,7 +101,7 @@ def _forward(base: type) -> dict:
 
 
 def _share_weight_layout(base_model: type, base_model_type: str) -> None:
-    """Some weights are stored otherwise than they are held (experts, one by one); by class name."""
+    """Weights that are stored otherwise than they are held (experts) are known by class name."""
     mapping = get_checkpoint_conversion_mapping(base_model.__name__)
     mapping = mapping or get_checkpoint_conversion_mapping(base_model_type)
     if mapping is not None:

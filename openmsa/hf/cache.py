@@ -1,6 +1,4 @@
-"""The cache of a sparse layer: index keys beside keys and values, through every operation of a
-transformers cache.
-"""
+"""The cache of a sparse layer: index keys beside keys and values, through every operation."""
 
 from __future__ import annotations
 
@@ -12,9 +10,9 @@ NAMES = ("keys", "values", "index_keys")
 
 
 def msa_cache_layer(cache: Cache, layer: int) -> MSACacheLayer:
-    """The layer of `cache` for a sparse layer of the model; an empty DynamicCache's is exchanged
-    for ours.
+    """The layer of `cache` for a sparse layer of the model.
 
+    An empty layer of a DynamicCache is exchanged for ours.
     Raises ValueError for any other kind of cache, and for one that a dense model has filled.
     """
     remedy = "pass DynamicCache(), or leave the cache out"
@@ -35,9 +33,8 @@ def msa_cache_layer(cache: Cache, layer: int) -> MSACacheLayer:
         )
     if found.get_seq_length() > 0:
         raise ValueError(
-            f"the cache holds {found.get_seq_length()} tokens but no index keys for layer "
-            f"{layer}: another "
-            f"model filled it; {remedy} and run the converted model on the whole prompt"
+            f"the cache holds {found.get_seq_length()} tokens but no index keys for layer {layer}: "
+            f"another model filled it; {remedy} and run the converted model on the whole prompt"
         )
     cache.layers[layer] = MSACacheLayer()
     return cache.layers[layer]
@@ -64,9 +61,7 @@ class MSACacheLayer(DynamicLayer):
         return self._view(name)
 
     def _store(self, name: str, rows: Tensor | None) -> None:
-        """What a method of the base class that we do not know assigns: rows without room to
-        spare.
-        """
+        """Rows without room to spare, assigned by a method of the base class we do not know."""
         self._rows.pop(name, None)
         if rows is not None:
             self._rows[name] = rows
@@ -83,9 +78,7 @@ class MSACacheLayer(DynamicLayer):
         self._exposed = max(self._exposed, self._length)
 
     def stage(self, index_keys: Tensor) -> None:
-        """Index keys [b, t, d_index] of the tokens whose keys and values the next `update`
-        brings.
-        """
+        """Index keys [b, t, d_index] of the tokens that the next `update` brings."""
         self._staged = index_keys
 
     def take_index(self) -> Tensor:
@@ -109,8 +102,7 @@ class MSACacheLayer(DynamicLayer):
         if index_keys is None:
             raise ValueError(
                 "this cache belongs to a converted model and expects index keys, but none came "
-                "with the new keys; "
-                "give every model a cache of its own"
+                "with the new keys; give every model a cache of its own"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -130,8 +122,7 @@ class MSACacheLayer(DynamicLayer):
         if rows is not None and rows.shape[:-2] != new.shape[:-2]:
             raise ValueError(
                 f"the cache holds {name} of shape {tuple(self._view(name).shape)}, the new ones "
-                "are "
-                f"{tuple(new.shape)}: only the number of tokens may differ"
+                f"are {tuple(new.shape)}: only the number of tokens may differ"
             )
         if torch.is_grad_enabled() or (rows is not None and rows.dtype != new.dtype):
             self._rows[name] = new if rows is None else torch.cat([rows[..., :length, :], new], -2)

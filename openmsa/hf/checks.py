@@ -1,6 +1,4 @@
-"""Which models can be converted. Everything is refused here by name, before a single weight is
-touched.
-"""
+"""Which models can be converted: what cannot is refused by name, before anything is touched."""
 
 from __future__ import annotations
 
@@ -21,15 +19,12 @@ _HANDED = {"dropout", "scaling", "sliding_window", "is_causal", "msa_probe"}
 
 
 def causal_lm(model: nn.Module) -> None:
-    """Raises ValueError unless `model` is an unwrapped causal language model of transformers
-    itself.
-    """
+    """Raises ValueError unless `model` is a causal language model of transformers, unwrapped."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"model is a {kind}, not a transformers model; pass the model itself, not a wrapper "
-            "of it "
-            "(merge adapters first)"
+            f"model is a {kind}, not a transformers model; pass the model itself, not a wrapper of "
+            "it (merge adapters first)"
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     known = known if isinstance(known, (tuple, list)) else (known,)
@@ -46,9 +41,8 @@ def causal_lm(model: nn.Module) -> None:
         raise ValueError(f"{kind} has an index of its own already (index_n_heads in its config)")
     if "forward" in vars(model) or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(
-            f"this {kind} is already dispatched or prepared by accelerate; convert it right "
-            "after loading it on one "
-            "device, save it, and load the result with device_map"
+            f"this {kind} is already dispatched or prepared by accelerate; convert it right after "
+            "loading it on one device, save it, and load the result with device_map"
         )
 
 
@@ -76,8 +70,7 @@ def attentions(model: PreTrainedModel) -> list[nn.Module]:
             parts = ", ".join(name for name, _ in attention.named_children())
             raise ValueError(
                 f"{path}.{name} ({type(attention).__name__}) has no {', '.join(missing)} but "
-                f"{parts}; only attention "
-                "with separate q, k, v and o projections can be converted"
+                f"{parts}; only attention with separate q, k, v and o projections can be converted"
             )
         _heads(attention, f"{path}.{name}", model.config.num_attention_heads)
         if getattr(attention, "layer_idx", None) != number:
@@ -108,15 +101,14 @@ def _heads(attention: nn.Module, path: str, num_heads: int) -> None:
     sizes = [getattr(getattr(attention, name), "out_features", None) for name in PROJECTIONS[:3]]
     if None in sizes or not attention.q_proj.weight.is_floating_point():
         raise ValueError(
-            f"{path}: the projections must be linear layers with floating point weights; "
-            "load the model without quantisation"
+            f"{path}: the projections must be linear layers with floating point weights; load the "
+            "model without quantisation"
         )
     heads, groups = sizes[0] / dim, sizes[1] / dim
     if heads != num_heads or groups != int(groups) or num_heads % groups:
         raise ValueError(
-            f"{path}: q_proj gives {sizes[0]} and k_proj {sizes[1]} channels for {num_heads} "
-            f"heads of {dim} channels; "
-            "the query heads must be a multiple of whole KV heads"
+            f"{path}: q_proj gives {sizes[0]} and k_proj {sizes[1]} channels for {num_heads} heads "
+            f"of {dim} channels; the query heads must be a multiple of whole KV heads"
         )
 
 
@@ -127,8 +119,7 @@ def width(config: MSAConfig, attention: nn.Module) -> int:
     if d_index % 2 or d_index > dim:
         raise ValueError(
             f"d_index={d_index} must be even and at most the head dim {dim} (RoPE turns pairs of "
-            "channels); "
-            "leave it out for the head dim"
+            "channels); leave it out for the head dim"
         )
     return d_index
 
@@ -149,12 +140,10 @@ def finite_weights(model: nn.Module) -> None:
 
 @torch.no_grad()
 def can_follow(model: PreTrainedModel, attention: nn.Module, d_index: int) -> None:
-    """Run one attention layer on a few made-up tokens and see whether our index branch can do as it
-    does.
+    """See, on a few made-up tokens, whether our index branch can do as this attention layer does.
 
-    Raises ValueError for everything that lies between its projections and its attention and is not
-    a norm per head, RoPE and a scale: sliding windows, soft caps, sinks, norms over all heads,
-    layers without RoPE.
+    Raises ValueError for everything between its projections and its attention that is not a norm
+    per head, RoPE and a scale: sliding windows, soft caps, sinks, norms over all heads, no RoPE.
     """
     kind, seen = f"layer {attention.layer_idx} ({type(attention).__name__})", {}
     _norms(attention, kind)
@@ -183,8 +172,7 @@ def _norms(attention: nn.Module, kind: str) -> None:
         if weight is not None and weight.shape != (attention.head_dim,):
             raise ValueError(
                 f"{kind}: {name} normalises {tuple(weight.shape)} channels at once; only a norm "
-                "per head "
-                f"({attention.head_dim} channels) can be shared with the index"
+                f"per head ({attention.head_dim} channels) can be shared with the index"
             )
 
 

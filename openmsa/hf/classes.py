@@ -1,5 +1,4 @@
-"""Classes made at run time: the attention and the output of a converted model, from those of its
-base.
+"""Classes made at run time: attention and output of a converted model, from those of its base.
 
 A Qwen3Attention becomes an MSAQwen3Attention, which is a Qwen3Attention still. Each class is made
 once and lives in a module under its own name, so pickle finds it, in a new process as well.

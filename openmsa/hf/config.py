@@ -47,7 +47,7 @@ def sparse_layers(config: MSAConfig, num_layers: int) -> list[int]:
         raise ValueError("layers=() chooses no layer; leave it out for all of them")
     if layers[-1] >= num_layers:
         raise ValueError(
-            f"layers names layer {layers[-1]}, but the model has {num_layers} layers, "
-            f"0 to {num_layers - 1}"
+            f"layers names layer {layers[-1]}, but the model has {num_layers} layers, 0 to "
+            f"{num_layers - 1}"
         )
     return layers

@@ -1,11 +1,9 @@
-"""The index branch of one attention layer: its projections, where they start from, and the index
-they compute.
+"""The index branch of one attention layer: its modules, and the index they compute.
 
-    q_index[t, g] = rope(norm(W_q_index x[t]))[g]      k_index[t] = rope(norm(W_k_index x[t]))
-    (MSA eqs. 5-6)
+    q_index[t, g] = rope(norm(W_q_index x[t]))[g]                                   (MSA eqs. 5-6)
+    k_index[t]    = rope(norm(W_k_index x[t]))
 
-with the main branch's kind of norm (one per head, if it has one), its own RoPE and a bias where it
-has one.
+with the main branch's norm (if it has one per head), its own RoPE, and a bias where it has one.
 """
 
 from __future__ import annotations

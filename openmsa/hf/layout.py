@@ -1,5 +1,4 @@
-"""Where the real tokens of a padded or packed batch stand, found once per forward pass of the
-model.
+"""Where the real tokens of a padded or packed batch stand, found once per forward pass.
 
 Blocks are counted from the first real token of a sequence, so padding is taken out before attention
 and put back after it: [b, t, ...] becomes one packed row [1, total, ...] with cu_seqlens.
@@ -16,9 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Span:
-    """Batch rows whose real tokens are one run of slots each, at the same place: half-open
-    ranges.
-    """
+    """Batch rows whose real tokens are one run of slots each, at the same place."""
 
     rows: slice
     queries: slice
@@ -63,15 +60,14 @@ def find_layout(
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(
             "attention_mask must be a tensor [batch, tokens], got "
-            f"{type(attention_mask).__name__}: masks prepared "
-            "for a static or compiled cache are not supported; use DynamicCache"
+            f"{type(attention_mask).__name__}: masks prepared for a static or compiled cache are "
+            "not supported; use DynamicCache"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must be [batch, tokens] with 0 for padding, got shape "
-            f"{tuple(attention_mask.shape)}: a "
-            "custom mask cannot be followed by block selection; mark packed sequences by "
-            "position_ids"
+            f"{tuple(attention_mask.shape)}: a custom mask cannot be followed by block selection; "
+            "mark packed sequences by position_ids"
         )
     if cu_seqlens is not None:
         return _from_borders(cu_seqlens, batch, num_queries, num_cached, attention_mask)
@@ -80,8 +76,7 @@ def find_layout(
         if tuple(attention_mask.shape) != (batch, tokens):
             raise ValueError(
                 f"attention_mask must be [{batch}, {tokens}] here ({num_cached} cached and "
-                f"{num_queries} new tokens), "
-                f"got {tuple(attention_mask.shape)}"
+                f"{num_queries} new tokens), got {tuple(attention_mask.shape)}"
             )
         return None if bool(attention_mask.all()) else _padded(attention_mask.bool(), num_queries)
     if position_ids is not None and num_cached == 0 and num_queries > 1:
@@ -110,9 +105,7 @@ def _padded(real: Tensor, num_queries: int) -> Layout:
 
 
 def _spans(rows: list[list[int]], num_cached: int):
-    """One span for each run of rows with their tokens in the same slots, such as the beams of one
-    prompt.
-    """
+    """One span for a run of rows with their tokens in the same slots, such as beams."""
     number = 0
     for (keys, queries, first, end), same in groupby(rows):
         size = len(list(same))
@@ -136,8 +129,8 @@ def _from_positions(position_ids: Tensor) -> Layout | None:
 def _from_borders(cu_seqlens, batch, num_queries, num_cached, attention_mask) -> Layout:
     if num_cached:
         raise ValueError(
-            "cu_seq_lens_q marks packed sequences, which cannot continue a cache; "
-            "leave the cache out, or pass a batch with an attention_mask"
+            "cu_seq_lens_q marks packed sequences, which cannot continue a cache; leave the cache "
+            "out, or pass a batch with an attention_mask"
         )
     if batch != 1:
         raise ValueError(f"cu_seq_lens_q needs batch 1 (one packed row), got batch {batch}")

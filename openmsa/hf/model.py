@@ -1,6 +1,4 @@
-"""What a converted causal language model adds to its base class: layout, losses, phases and
-loading.
-"""
+"""What a converted causal language model adds to its base class: layout, losses and loading."""
 
 from __future__ import annotations
 
@@ -27,8 +25,9 @@ class MSAModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers. Raises ValueError for missing index weights and for weights that are
-        not finite.
+        """As in transformers.
+
+        Raises ValueError for missing index weights and for weights that are not finite.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
@@ -36,9 +35,8 @@ class MSAModelMixin:
         missing = sorted(name for name in info["missing_keys"] if ".index_" in name)
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} index weights, the first "
-                f"is {missing[0]}; "
-                "a dense checkpoint becomes sparse by openmsa.hf.convert"
+                f"{pretrained_model_name_or_path} lacks {len(missing)} index weights, the first is "
+                f"{missing[0]}; a dense checkpoint becomes sparse by openmsa.hf.convert"
             )
         checks.finite_weights(model)
         return (model, info) if with_info else model
@@ -58,8 +56,13 @@ class MSAModelMixin:
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        """The forward pass of the base class; in training, with the index loss added (see
-        `_with_index_loss`).
+        """The forward pass of the base class, in training with the index loss added.
+
+        Takes what the base takes, and index_rows_in_batch: the real tokens of all micro-batches of
+        an optimizer step. In the phases "warmup" and "sparse", in training, the output also holds
+        lm_loss, and index_loss [sparse layers] (KL, eqs. 9-10), and
+        loss = lm_loss + index_loss_weight * sum(index_loss) * this micro-batch's share of the step.
+        Raises ValueError for inputs that sparse layers cannot follow.
         """
         kwargs.update(zip(type(self).msa_arguments, args))
         rows_in_batch = kwargs.pop("index_rows_in_batch", None)
@@ -76,11 +79,7 @@ class MSAModelMixin:
         return out if as_dict else out.to_tuple()
 
     def _with_index_loss(self, out, record: LossRecord, share):
-        """index_loss: KL per sparse layer; lm_loss: that of the base; loss = lm_loss + weight *
-        sum(KL) * share.
-
-        share: this micro-batch's part of the query tokens of the accumulated batch.
-        """
+        """`out` with index_loss, lm_loss and the sum of both; share: see `_share`."""
         device = out.logits.device
         layers = torch.stack([record.losses[i].to(device) for i in sorted(record.losses)])
         fields = {**out, "lm_loss": out.loss, "index_loss": layers}
@@ -93,8 +92,7 @@ class MSAModelMixin:
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True is not supported: sparse layers never hold the weights; "
-                "use "
-                "openmsa.hf.capture_attention"
+                "use openmsa.hf.capture_attention"
             )
         inputs = kwargs.get("input_ids")
         batch, num_queries = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
@@ -122,8 +120,8 @@ class MSAModelMixin:
         if limit is not None and num_tokens > limit and rope.get("rope_type") != "dynamic":
             raise ValueError(
                 f"a sequence of {num_tokens} tokens is longer than the {limit} positions of the "
-                "model; shorten it, or "
-                "raise model.config.max_position_embeddings if you trust its RoPE beyond them"
+                "model; shorten it, or raise model.config.max_position_embeddings if you trust "
+                "its RoPE beyond them"
             )
 
 
@@ -151,9 +149,7 @@ def _positions(borders: Tensor, num_tokens: int) -> Tensor:
 
 
 def _share(kwargs: dict, layout: Layout | None, rows_in_batch):
-    """This micro-batch's part of the accumulated batch: by query tokens if their total is known,
-    else by labels.
-    """
+    """This micro-batch's part of a step: of its tokens, if their number is known, or labels."""
     if rows_in_batch is not None:
         inputs = kwargs.get("input_ids")
         shape = (kwargs["inputs_embeds"] if inputs is None else inputs).shape
@@ -161,7 +157,5 @@ def _share(kwargs: dict, layout: Layout | None, rows_in_batch):
     total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if total is None or labels is None:
         return 1.0
-    shifted = kwargs.get(
-        "shift_labels"
-    )  # counted as transformers' Trainer counts num_items_in_batch
+    shifted = kwargs.get("shift_labels")  # else counted as Trainer counts num_items_in_batch
     return ((labels[..., 1:] if shifted is None else shifted) != -100).sum() / total

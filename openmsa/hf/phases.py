@@ -20,14 +20,12 @@ def is_msa(model: nn.Module) -> bool:
 
 
 def msa_config(model: nn.Module) -> MSAConfig:
-    """What it was converted with. Raises ValueError for a model that is not converted."""
+    """What it was converted with. Raises ValueError for a dense model."""
     return from_fields(vars(_converted(model).config))
 
 
 def msa_layers(model: nn.Module) -> list[int]:
-    """The numbers of its sparse layers, ascending. Raises ValueError for a model that is not
-    converted.
-    """
+    """The numbers of its sparse layers, ascending. Raises ValueError for a dense model."""
     return [attention.layer_idx for attention in _converted(model).msa_attentions()]
 
 
@@ -66,11 +64,9 @@ def freeze_backbone(model: nn.Module, frozen: bool = True) -> None:
 
 @contextmanager
 def capture_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
-    """A list that receives an AttentionCall for every attention call of every sparse layer, in
-    order.
+    """A list that receives an AttentionCall for every call of every sparse layer, in order.
 
-    Sequences of a padded batch come as one packed call. Raises ValueError for a model that is not
-    converted.
+    Sequences of a padded batch come as one packed call. Raises ValueError for a dense model.
     """
     attentions = _converted(model).msa_attentions()
     calls: list[AttentionCall] = []

@@ -44,8 +44,7 @@ def test_with_one_group_the_index_is_the_mean_head(family, heads):
 
 
 def test_groups_whose_keys_differ_by_a_turn_share_one_key_without_loss():
-    """Their mean would cancel: here the second group's keys are the first's, turned pair by
-    pair."""
+    """Their mean would cancel; the second group's keys are the first's, turned pair by pair."""
     model = tiny_model("llama", attention_bias=False)
     for layer in model.model.layers:
         weight = layer.self_attn.k_proj.weight.data.view(2, 2, 8, 48)
@@ -98,8 +97,7 @@ def test_a_narrow_index_turns_as_its_channels_do(family, d_index):
 
 
 def test_a_narrow_index_keeps_the_pairs_that_matter():
-    """One head with three pairs that carry its logits: three pairs are enough, and those it
-    takes."""
+    """One head whose logits three pairs carry: a third of the width is enough."""
     model = tiny_model("llama", num_attention_heads=1, num_key_value_heads=1, attention_bias=False)
     for layer in model.model.layers:
         weight = layer.self_attn.q_proj.weight.data.view(2, 8, 48)

@@ -1,5 +1,4 @@
-"""generate: with every block kept the dense model's tokens, with few the full sparse pass's
-tokens."""
+"""generate: every block kept, the dense model's tokens; few, those of the full sparse pass."""
 
 from __future__ import annotations
 

@@ -69,8 +69,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, family, config, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_back_to_dense_after_loading(tmp_path, family):
-    """Mixtral is stored expert by expert and held fused: its layout must follow the way back
-    too."""
+    """Mixtral is stored expert by expert and held fused: that must follow the way back too."""
     fields = {"num_local_experts": 4} if family == "mixtral" else {}
     dense, ids = tiny_model(family, **fields), tiny_tokens(1, 40)
     expected = logits(dense, ids)

@@ -1,5 +1,4 @@
-"""Losses and gradients go where they should, whole and once: accumulation, checkpointing,
-autocast."""
+"""Losses and gradients go where they should, whole and once."""
 
 from __future__ import annotations
 
@@ -102,8 +101,9 @@ def test_without_labels_the_index_loss_comes_all_the_same():
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 @pytest.mark.parametrize("known", ["rows", "labels"])
 def test_accumulated_micro_batches_are_the_full_batch(phase, known):
-    """Two micro-batches of 2 and 1 padded rows; by labels the same, since every real token but the
-    first of a row has one and the rows are equally long.
+    """Two micro-batches of 2 and 1 padded rows.
+
+    By labels it comes to the same where every row has as many labels as the others.
     """
     model = trained(phase=phase)
     ids = tiny_tokens(3, 40)

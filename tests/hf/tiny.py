@@ -1,6 +1,4 @@
-"""Tiny random dense models of four families: 3 layers, 4 query / 2 KV heads, contexts well beyond
-the budget.
-"""
+"""Tiny random dense models of four families, with contexts well beyond the budget."""
 
 from __future__ import annotations
 
