@@ -40,8 +40,8 @@ class DemoPlan:
 
     block_size: int = 16
     top_k: int = 8
-    warm_steps: int = 60
-    sparse_steps: int = 60
+    warm_steps: int = 50
+    sparse_steps: int = 40
     num_texts: int = 24
     text_tokens: int = 2048
     contexts: tuple[int, ...] = (512, 1024, 2048)
