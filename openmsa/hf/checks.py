@@ -46,6 +46,13 @@ def causal_lm(model: nn.Module) -> None:
         )
 
 
+def loaded(model: nn.Module) -> None:
+    """Raises ValueError for weights that are not in memory."""
+    for name, weight in model.named_parameters():
+        if weight.device.type == "meta":
+            raise ValueError(f"weight {name} is not loaded (meta device); load the whole model")
+
+
 def dense_layers(model: PreTrainedModel, config: MSAConfig) -> None:
     """Raises ValueError if layers stay dense that need more than scaled dot product attention."""
     if config.layers is not None and not model._supports_sdpa:
@@ -95,9 +102,10 @@ def _attention(layer: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def _heads(attention: nn.Module, path: str, num_heads: int) -> None:
-    dim = getattr(attention, "head_dim", None)
-    if dim is None:
-        raise ValueError(f"{path} ({type(attention).__name__}) does not know its head_dim")
+    for name in ("head_dim", "scaling"):
+        if not hasattr(attention, name):
+            raise ValueError(f"{path} ({type(attention).__name__}) does not know its {name}")
+    dim = attention.head_dim
     sizes = [getattr(getattr(attention, name), "out_features", None) for name in PROJECTIONS[:3]]
     if None in sizes or not attention.q_proj.weight.is_floating_point():
         raise ValueError(

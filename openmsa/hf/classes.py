@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import field, make_dataclass
-from functools import cache
 from importlib import import_module
 
 import transformers
@@ -20,18 +19,24 @@ from openmsa.hf.attention import MSAAttentionMixin
 PREFIX = "MSA"
 
 
-@cache
+_MADE: dict[type, type] = {}  # a plain dict: torch.compile sees through it
+
+
 def attention_class(base: type) -> type:
     """MSAQwen3Attention for Qwen3Attention."""
-    namespace = {"rotate": staticmethod(rotation_of(base))}
-    return keep(type(PREFIX + base.__name__, (MSAAttentionMixin, base), namespace), __name__)
+    if base not in _MADE:
+        namespace = {"rotate": staticmethod(rotation_of(base))}
+        made = type(PREFIX + base.__name__, (MSAAttentionMixin, base), namespace)
+        _MADE[base] = keep(made, __name__)
+    return _MADE[base]
 
 
-@cache
 def output_class(base: type) -> type:
     """The output class of a model with two more fields: lm_loss, and index_loss [sparse layers]."""
-    more = [(name, Tensor | None, field(default=None)) for name in ("lm_loss", "index_loss")]
-    return keep(make_dataclass(PREFIX + base.__name__, more, bases=(base,)), __name__)
+    if base not in _MADE:
+        more = [(name, Tensor | None, field(default=None)) for name in ("lm_loss", "index_loss")]
+        _MADE[base] = keep(make_dataclass(PREFIX + base.__name__, more, bases=(base,)), __name__)
+    return _MADE[base]
 
 
 def rotation_of(attention: type):

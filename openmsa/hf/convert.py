@@ -39,6 +39,7 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
     if not isinstance(config, MSAConfig):
         raise ValueError(f"config must be an openmsa.MSAConfig, got {type(config).__name__}")
     checks.causal_lm(model)
+    checks.loaded(model)
     every = checks.attentions(model)
     for layer in sparse_layers(config, len(every)):
         checks.can_follow(model, every[layer], checks.width(config, every[layer]))

@@ -104,6 +104,13 @@ def test_weights_that_are_not_finite_are_named():
     assert torch.equal(logits(model, ids), before)
 
 
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model().config)
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight is not loaded"):
+        hf.convert(model, SPARSE)
+
+
 def test_a_model_in_the_hands_of_accelerate_is_refused():
     model = tiny_model()
     model.forward = model.forward
