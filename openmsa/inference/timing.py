@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +47,26 @@ def decode_time(
     training = model.training
     model.eval()
     try:
-        cache = filled_cache(model, context_tokens)
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        times = [_one_token_ms(model, token, cache) for _ in range(warmup + steps)][warmup:]
+        with _positions(model.config, context_tokens + warmup + steps):
+            cache = filled_cache(model, context_tokens)
+            token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            times = [_one_token_ms(model, token, cache) for _ in range(warmup + steps)][warmup:]
     finally:
         model.train(training)
     return DecodeTime(context_tokens, statistics.median(times), min(times), steps)
+
+
+@contextmanager
+def _positions(config, wanted: int) -> Iterator[None]:
+    """A converted model refuses positions that it was not made for; their time is asked here."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        config.max_position_embeddings = max(limit, wanted)
+    try:
+        yield
+    finally:
+        if limit is not None:
+            config.max_position_embeddings = limit
 
 
 @torch.no_grad()

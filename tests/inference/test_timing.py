@@ -34,7 +34,12 @@ def test_the_index_keys_of_a_converted_model_grow_along(model):
     for layer in cache.layers:
         assert layer.keys.shape[-2] == layer.index_keys.shape[-2] == 150
         assert torch.equal(layer.index_keys[:, 149], layer.index_keys[:, 149 - 2 * SEED_TOKENS])
-    assert decode_time(converted, 150, steps=2).median_ms > 0
+
+
+def test_contexts_beyond_the_model_are_timed_and_its_limit_is_kept(model):
+    converted = hf.convert(copy.deepcopy(model), MSAConfig(block_size=4, top_k=2))
+    assert decode_time(converted, 300, steps=2).median_ms > 0
+    assert converted.config.max_position_embeddings == 256
 
 
 def test_a_token_takes_time_and_the_mode_is_kept(model):
