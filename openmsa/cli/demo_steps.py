@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,7 +181,7 @@ class _Demo:
         model = start()
         probe = recall_probe(recipe, model, self.tokenizer)
         total = sum(phase.steps for phase in recipe.phases)
-        with progress(f"training {name}", total) as bar, redirect_stdout(io.StringIO()):
+        with progress(f"training {name}", total) as bar:
             train(
                 recipe,
                 model=model,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from openmsa.cli.arguments import add_budget_options, budget, layer_list, whole_number
@@ -68,8 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from openmsa.training import history, train
 
     total = sum(phase.steps for phase in recipe.phases)
-    # transformers prints every line of the log; it is kept in the run's history instead.
-    with progress(recipe.name, total) as bar, redirect_stdout(io.StringIO()):
+    with progress(recipe.name, total) as bar:
         train(
             recipe,
             model=model,

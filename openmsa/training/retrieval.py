@@ -57,9 +57,9 @@ def make_example(
 
     task: one of `TASKS`. context_tokens: length of prompt and answer together, in tokens of
     `encode`, exactly so for bytes (encode None), so that examples need no padding in a batch.
-    filler: any text, of which a stretch is taken by the seed. The same arguments always give the same example.
-    Raises ValueError for an unknown task, a depth outside [0, 1], an empty filler or a context too
-    short to hold the lines.
+    filler: any text, of which a stretch is taken by the seed. The same arguments always give the
+    same example. Raises ValueError for an unknown task, a depth outside [0, 1], an empty filler or
+    a context too short to hold the lines.
     """
     _check(task, depth, filler)
     length = _length_of(encode)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import PrinterCallback
 
 from openmsa.training.checkpoints import damage, last_whole_checkpoint, save_whole, write_json
 from openmsa.training.data import Mixture
@@ -147,6 +148,7 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     for observer in observers:
         if isinstance(observer, Probe):
             observer.trainer = trainer
+    trainer.remove_callback(PrinterCallback)  # its lines are in the history
     use_cache = model.config.use_cache
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
