@@ -100,11 +100,21 @@ def clean(t: int, *keys: Tensor) -> tuple[Tensor | None, ...]:
     return torch.where(spoilt, math.nan, 0.0).to(sums), *keys
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [heads, n, m] @ b [heads, m, l]; a CPU would copy strided factors to multiply a batch."""
+    if a.device.type != "cpu":
+        return torch.bmm(a, b)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    for i in range(a.shape[0]):
+        torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
 def scores(q: Tensor, k: Tensor, piece: Piece, scale: float, poison: Tensor | None) -> Tensor:
     """q [heads, r * tokens, d], k [heads, keys, d] -> scaled scores [heads, r, tokens, keys], -inf
     in the future."""
     tokens = piece.queries.stop - piece.queries.start
-    x = torch.bmm(q, k.mT).to(accumulate_dtype(q)).mul_(scale).unflatten(1, (-1, tokens))
+    x = product(q, k.mT).to(accumulate_dtype(q)).mul_(scale).unflatten(1, (-1, tokens))
     here = torch.arange(tokens, device=q.device)
     seen = x.new_zeros(1, 1, 1)
     if poison is not None:

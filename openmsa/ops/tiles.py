@@ -126,14 +126,26 @@ class Chunk:
         x[self.batches, self.tokens, self.groups] = values.to(x.dtype)
 
 
-def walk(blocks: Tensor, rows: Rows, r: int, bytes_per_pair: int) -> Iterator[tuple[Chunk, Tiles]]:
-    """Cut blocks [b, groups, t, k] into chunks that fit the workspace, and every chunk into
-    tiles."""
+def walk(
+    blocks: Tensor, rows: Rows, r: int, pair_bytes: int, tile_bytes: int
+) -> Iterator[tuple[Chunk, Tiles]]:
+    """Cut blocks [b, groups, t, k] into chunks that fit the workspace, and every chunk into tiles.
+
+    pair_bytes: what a pair needs for its r heads; tile_bytes: what a tile needs for its keys.
+    """
     b, groups, t, k = blocks.shape
     if 0 in (b, groups, t, k, rows.keys):
         return
     n = -(-rows.keys // rows.block_size)
-    at_once = rows_at_once(bytes_per_pair * k, blocks.device, wanted=16 * n // k)
+    at_once, width = 1, 1
+    while True:
+        # More queries make wider tiles, and wider tiles leave room for more queries.
+        per_query = k * (pair_bytes + tile_bytes // width)
+        at_once = rows_at_once(per_query, blocks.device, wanted=16 * n // k)
+        wider = _width(min(t, at_once) * k // n, r)
+        if wider <= width:
+            break
+        width = wider
     for chunk in _chunks(b, groups, t, at_once):
         yield chunk, _cut(blocks, rows, chunk, r, _width(chunk.sizes[2] * k // n, r))
 
@@ -158,7 +170,7 @@ def _width(pairs_per_block: int, r: int) -> int:
     """Queries per tile: enough for an efficient matrix product, few enough that tiles are mostly
     full."""
     width = 1
-    while width * 4 <= pairs_per_block and width * r < 128:
+    while width * 2 <= pairs_per_block and width * r < 128:
         width *= 2
     return width
 

@@ -82,7 +82,7 @@ def _forward(
             x = prefixes.scores(queries, keys, piece, scale, poison).flatten(1, 2)
             top = x.amax(-1, keepdim=True)
             total = x.sub_(top).exp_().sum(-1, keepdim=True)
-            part = torch.bmm(x.to(factor), values).to(x.dtype).div_(total)
+            part = prefixes.product(x.to(factor), values).to(x.dtype).div_(total)
             prefixes.put_queries(out, piece, g, part)
             prefixes.put_queries(lse[..., None], piece, g, top + total.log())
     return out, lse
@@ -122,12 +122,12 @@ def _backward(
             keys, values = (prefixes.keys_of(x, piece, factor) for x in (clean_k, clean_v))
             p = prefixes.scores(queries, keys, piece, scale, poison).flatten(1, 2).softmax(-1)
             here = piece.batch, piece.keys, piece.heads
-            dv[here].add_(torch.bmm(p.to(factor).mT, douts).transpose(0, 1))
+            dv[here].add_(prefixes.product(p.to(factor).mT, douts).transpose(0, 1))
             # sum P dP equals dout . out, but that form rounds differently from dP.
-            dx = torch.bmm(douts, values.mT).to(sums).mul_(p)
+            dx = prefixes.product(douts, values.mT).to(sums).mul_(p)
             dx = dx.sub_(p.mul_(dx.sum(-1, keepdim=True))).mul_(scale).to(factor)
-            dk[here].add_(torch.bmm(dx.mT, queries).transpose(0, 1))
-            prefixes.put_queries(dq, piece, g, torch.bmm(dx, keys))
+            dk[here].add_(prefixes.product(dx.mT, queries).transpose(0, 1))
+            prefixes.put_queries(dq, piece, g, prefixes.product(dx, keys))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

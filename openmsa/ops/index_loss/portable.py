@@ -150,8 +150,10 @@ def _over_blocks(work: _Work, blocks, block_size, cu_seqlens_q, cu_seqlens_k):
     rows = tiles.rows_of((b, t, s), block_size, cu_seqlens_q, cu_seqlens_k, work.q.device)
     dk = work.loss.new_zeros(rows.count if work.with_gradient else 0, block_size * di)
     weights = work.weights[:, :, None, None, None].expand(b, t, g, 1, 1)
-    each = 4 * (work.r * (2 * block_size + 2 * d) + 6 * block_size + 3 * di)
-    for chunk, tile in tiles.walk(blocks.expand(-1, g, -1, -1), rows, work.r, each):
+    # Per pair: scores of r heads and as given, q; then the student's in six stages, q_index, dq.
+    pair = 4 * (work.r * (2 * block_size + 2 * d + 4) + 6 * block_size + 3 * di)
+    tile_bytes = 4 * block_size * (d + 3 * di)
+    for chunk, tile in tiles.walk(blocks.expand(-1, g, -1, -1), rows, work.r, pair, tile_bytes):
         teacher = _teacher(work, chunk, tile)
         one_head = tile.one_head()
         log_student, queries, keys = _log_student(work, chunk, one_head)

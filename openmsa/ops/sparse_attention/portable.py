@@ -90,9 +90,11 @@ class _Work:
         self.rows = tiles.rows_of(shape, block_size, cu_seqlens_q, cu_seqlens_k, q.device)
 
     def tiles(self) -> Iterator[tuple[tiles.Chunk, tiles.Tiles]]:
-        # Per pair and head: scores, their gradient and both as factors; rows of q, dq, out, dout.
-        each = 4 * self.r * (3 * self.rows.block_size + 3 * self.d + 3 * self.dv)
-        return tiles.walk(self.blocks, self.rows, self.r, each)
+        w, wide = self.rows.block_size, self.d + self.dv
+        # Per pair and head: scores, their gradient, both as factors, q, dq, out, dout and a place.
+        pair = 4 * self.r * (3 * w + 2 * wide + 4)
+        # Per tile: keys and values, then the gradient of one of them as it is and summed.
+        return tiles.walk(self.blocks, self.rows, self.r, pair, 4 * w * 2 * wide)
 
     def heads(self, x: Tensor) -> Tensor:
         """[b, t, h, ...] -> [b, t, groups, r, ...], a view."""
@@ -141,11 +143,7 @@ def _backward(
         dk = k.new_zeros(rows, block_size * work.d, dtype=work.sum)
         dv = v.new_zeros(rows, block_size * work.dv, dtype=work.sum)
         for chunk, tile in work.tiles():
-            part, dk_part, dv_part = _chunk_gradients(work, chunk, tile, scale, dout, lse)
-            chunk.put(work.heads(dq), part)
-            row = tile.group * work.kv_heads // work.groups * work.rows.count + tile.row
-            add_rows(dk, row, dk_part)
-            add_rows(dv, row, dv_part)
+            _add_gradients(work, chunk, tile, scale, dout, lse, dq, dk, dv)
         return dq, tile_scores.by_token(dk, work.rows, k), tile_scores.by_token(dv, work.rows, v)
 
 
@@ -154,20 +152,21 @@ def _(dout, q, k, v, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _chunk_gradients(work: _Work, chunk, tile, scale, dout, lse):
-    """The chunk's dq [C, r, d], and dk, dv of its tiles [T, w * d]."""
+def _add_gradients(work: _Work, chunk, tile, scale, dout, lse, dq, dk, dv):
+    """Write the chunk's dq; add to dk and dv, [g * rows, w * d], what its tiles contribute."""
     x, q, k, v = work.scores(chunk, tile, scale)
     dout = tile.spread(chunk.of(work.heads(dout)).to(work.factor))
+    row = tile.group * work.kv_heads // work.groups * work.rows.count + tile.row
     p = tile_scores.softmax_(x, tile, chunk.of(work.heads(lse[..., None])))
-    dv = torch.bmm(p.to(work.factor), dout)
+    add_rows(dv, row, torch.bmm(p.to(work.factor), dout).flatten(1).to(work.sum))
     # sum P dP equals dout . out, but that form rounds differently from dP and leaves a difference
     # where a softmax over one key has none.
     dx = torch.bmm(v, dout.mT).to(work.sum).mul_(p)
     dx.sub_(p.mul_(tile.spread(tile_scores.sum_of(dx, tile)).mT))
     dx = dx.mul_(scale).to(work.factor)
-    dk = torch.bmm(dx, q)
-    dq = tile.collect(torch.bmm(dx.mT, k)).sum(1, dtype=work.sum)
-    return dq, dk.flatten(1).to(work.sum), dv.flatten(1).to(work.sum)
+    add_rows(dk, row, torch.bmm(dx, q).flatten(1).to(work.sum))
+    parts = tile.collect(torch.bmm(dx.mT, k))
+    chunk.put(work.heads(dq), parts.sum(1, dtype=work.sum))
 
 
 def _save(ctx, inputs, output):
