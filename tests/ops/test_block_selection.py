@@ -77,10 +77,13 @@ def test_all_zero_inputs_keep_the_first_blocks_and_the_own(backend):
 
 @every_backend
 def test_minus_zero_equals_plus_zero(backend):
-    k_index = torch.tensor([-0.0, 0.0, -0.0, 0.0, -0.0]).view(1, 5, 1)
-    q_index = torch.ones(1, 5, 1, 1)
-    chosen = select_blocks(q_index, k_index, block_size=1, top_k=3, backend=backend)
-    assert chosen.blocks[0, 0, -1].tolist() == [0, 1, 4]
+    """A sum of products is never -0, but its product with a negative scale is."""
+    k_index = torch.tensor([0.0, -1e-30, 0.0, 1e-30, 0.0]).view(1, 5, 1)
+    q_index = torch.full((1, 5, 1, 1), 1e-30)
+    for scale in (1.0, -1.0):
+        rule = {"block_size": 1, "top_k": 3, "index_scale": scale, "backend": backend}
+        chosen = select_blocks(q_index, k_index, **rule)
+        assert chosen.blocks[0, 0, -1].tolist() == [0, 1, 4]
 
 
 @every_backend

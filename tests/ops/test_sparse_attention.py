@@ -93,24 +93,33 @@ def test_lse_is_the_logarithm_of_the_sum(backend):
 
 
 @every_backend
-def test_unsorted_repeated_future_and_foreign_blocks_add_nothing(backend):
-    q, k, v = qkv(1, 20, 30, 4, 2, 8, dtype=torch.float64, grad=True)
-    clean = torch.full((1, 2, 20, 6), -1, dtype=torch.int32)
-    clean[..., :2] = torch.tensor([0, 2])  # keys 0-3 and 8-11; queries stand at 10 ... 29
-    messy = torch.tensor([2, -1, 0, 2, 9, 0], dtype=torch.int32).expand(1, 2, 20, 6).contiguous()
-    messy[..., :4, 4] = -7
-    messy[:, :, :4, :] = torch.where(messy[:, :, :4] == 9, 7, messy[:, :, :4])  # in the future
-    messy[:, :, 4:, 4] = 1000
-    dout = seeded(1, 20, 4, 8, seed=3, dtype=torch.float64)
-    first, second = (
-        with_gradients(
-            lambda *x, blocks=blocks: sparse_attention(*x, Selection(blocks, 4), backend=backend),
-            (q, k, v),
-            dout,
-        )
-        for blocks in (clean, messy)
-    )
-    for a, b in zip(first, second):
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_unsorted_repeated_future_and_foreign_blocks_add_nothing(backend, packed):
+    """A number past the end must not reach the next sequence, nor a repeated block count twice."""
+    b, borders_of_two = (1, borders(15, 15)) if packed else (2, None)
+    q, k, v = qkv(b, 30, 30, 4, 2, 8, dtype=torch.float64, grad=True)
+    last = 3 if packed else 7  # blocks of 4 in 15 or in 30 keys
+    clean = torch.full((b, 2, 30, 7), -1, dtype=torch.int32)
+    clean[..., :2] = torch.tensor([0, 2])
+    messy = torch.tensor([2, -1, last + 1, 0, 2, 10**6, 2], dtype=torch.int32)
+    messy = messy.expand(b, 2, 30, 7).contiguous()
+    messy[:, :, :8, 1] = last  # in the future
+    messy[:, :, 15:23, 1] = last if packed else -7
+    dout = seeded(b, 30, 4, 8, seed=3, dtype=torch.float64)
+
+    def run(blocks):
+        def attend(*x):
+            return sparse_attention(
+                *x,
+                Selection(blocks, 4),
+                cu_seqlens_q=borders_of_two,
+                cu_seqlens_k=borders_of_two,
+                backend=backend,
+            )
+
+        return with_gradients(attend, (q, k, v), dout)
+
+    for a, b in zip(run(clean), run(messy)):
         torch.testing.assert_close(a, b)
 
 
