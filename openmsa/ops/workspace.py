@@ -39,7 +39,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

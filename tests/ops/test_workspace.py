@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openmsa import Selection, dense_attention, index_loss, select_blocks, sparse_attention
-from openmsa.ops import workspace
+from openmsa.ops import tiles, workspace
 from openmsa.ops.block_selection import portable as selection_portable
 from tests.support import borders, index_qk, qkv, seeded
 
@@ -41,6 +41,13 @@ def everything(backend, **packed):
 def test_cutting_changes_nothing(small_workspace, packed):
     where = {"cu_seqlens_q": borders(7, 0, 36), "cu_seqlens_k": borders(9, 2, 39)} if packed else {}
     for ours, definition in zip(everything("portable", **where), everything("reference", **where)):
+        torch.testing.assert_close(ours, definition)
+
+
+def test_tiles_of_a_device_whose_counts_cannot_be_read(monkeypatch):
+    """A GPU takes a bound for the number of tiles; the tiles too many must add nothing."""
+    monkeypatch.setattr(tiles, "_count", lambda last_tile, bound: bound)
+    for ours, definition in zip(everything("portable"), everything("reference")):
         torch.testing.assert_close(ours, definition)
 
 

@@ -112,9 +112,10 @@ class _Work:
 
     def add(self, teacher: Tensor, log_student: Tensor, weights: Tensor, dim: int) -> Tensor:
         """Add the loss over keys (along dim) and queries; return dY."""
-        # Where both are 0 the logarithm is -inf, and 0 * -inf would be NaN.
-        finite = log_student.clamp(min=torch.finfo(log_student.dtype).min)
-        kl = (torch.xlogy(teacher, teacher) - teacher * finite).sum(dim, keepdim=True)
+        # Where a weight is 0 its logarithm is -inf, and 0 * -inf would be NaN.
+        number = torch.finfo(teacher.dtype)
+        gap = teacher.clamp(min=number.tiny).log_().sub_(log_student.clamp(min=number.min))
+        kl = gap.mul_(teacher).sum(dim, keepdim=True)
         self.loss.add_((kl * weights).sum())
         return log_student.exp().sub_(teacher).mul_(weights)
 
