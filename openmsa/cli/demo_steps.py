@@ -29,6 +29,7 @@ from openmsa.training.retrieval import make_example
 from openmsa.training.trainer import fast_bf16
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "dense_byte_3m"
+FILLER_CHARACTERS = 200_000
 SEED = 1_000_003  # far from the seeds that training counts up from
 
 
@@ -39,14 +40,14 @@ class DemoPlan:
     block_size: int = 16
     top_k: int = 8
     warm_steps: int = 50
-    sparse_steps: int = 40
+    sparse_steps: int = 60
     num_texts: int = 24
     text_tokens: int = 2048
-    contexts: tuple[int, ...] = (512, 1024, 2048)
+    contexts: tuple[int, ...] = (256, 512, 1024)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     examples_per_cell: int = 10
     decode_contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32000)
-    story_tokens: int = 2048
+    story_tokens: int = 1024
 
     @property
     def config(self) -> MSAConfig:
@@ -140,6 +141,10 @@ class _Demo:
         return standard_library_text("heldout")
 
     @cached_property
+    def filler(self) -> str:
+        return "\n".join(self.heldout)[:FILLER_CHARACTERS]
+
+    @cached_property
     def texts(self) -> list:
         return sequences(
             self.heldout,
@@ -196,7 +201,7 @@ class _Demo:
     def measure(self, name: str, make: Callable) -> ModelEvidence:
         say(f"measuring {name}: perplexity, retrieval, recall, decoding time")
         plan = RetrievalPlan(
-            filler="\n".join(self.heldout),
+            filler=self.filler,
             context_tokens=self.plan.contexts,
             depths=self.plan.depths,
             examples_per_cell=self.plan.examples_per_cell,
@@ -223,7 +228,7 @@ class _Demo:
             context_tokens=self.plan.story_tokens,
             depth=0.0,
             seed=SEED,
-            filler="\n".join(self.heldout),
+            filler=self.filler,
         )
         told = generate(self.converted(), self.tokenizer, example.prompt, max_new_tokens=16)
         opening, question = example.prompt[:120], example.prompt.rsplit("\n", 1)[1]

@@ -47,7 +47,7 @@ def dense_byte_3m() -> Recipe:
     )
 
 
-def msa_cpt(warm_steps: int = 50, sparse_steps: int = 40) -> Recipe:
+def msa_cpt(warm_steps: int = 50, sparse_steps: int = 60) -> Recipe:
     """Conversion of a trained dense model (MSA-CPT): the index alone, then everything, sparse.
 
     The default lengths suit the shipped model. The sparse phase decays to nothing, as the end of a
