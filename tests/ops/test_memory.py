@@ -79,14 +79,18 @@ print(peak() - before - held)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["sparse", "dense"])
-def test_32k_tokens_need_less_than_two_gigabytes(operation):
+@pytest.mark.parametrize(("operation", "queries"), [("sparse", 1024), ("dense", 128)])
+def test_32k_tokens_need_less_than_two_gigabytes(operation, queries):
     """64 query and 4 KV heads, d 128, blocks of 128, 16 kept, bf16, forward and backward.
 
-    Measured on the last 1,024 queries: with fewer queries than that the workspace is not full, and
-    beyond it only inputs, outputs and gradients grow, apart from 24 bytes a query.
+    Measured on the last queries, enough to fill the workspace several times. More of them add
+    inputs, outputs and gradients, and 24 bytes a query. 0.9 GB is usual for sparse: 0.3 GB live at
+    once, the rest what the C library keeps of what was freed.
     """
     code = subprocess.run(
-        [sys.executable, "-c", LONG, operation, "1024"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LONG, operation, str(queries)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(code.stdout) < 2 * 10**9
