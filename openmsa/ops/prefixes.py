@@ -43,8 +43,8 @@ def pieces(
         t, s = q1 - q0, k1 - k0
         if t == 0:
             continue
-        # At least 512 rows of scores if they fit: each piece adds to the gradient of every key.
-        at_once = rows_at_once(bytes_per_score * r * s, q.device, wanted=-(-512 // r))
+        # At least 256 rows of scores if they fit: each piece adds to the gradient of every key.
+        at_once = rows_at_once(bytes_per_score * r * s, q.device, wanted=-(-256 // r))
         # A quarter of the queries at most: early queries then skip most of the keys.
         tokens = min(at_once, max(64, -(-t // 4)), t)
         heads = max(1, min(g, at_once // tokens))

@@ -1,0 +1,85 @@
+"""Portable against the definition on shapes that nobody chose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmsa import Selection, msa_attention, sparse_attention
+from openmsa.ops import backend as backends
+from tests.support import borders, index_qk, qkv, seeded
+
+OTHERS = [
+    name
+    for name, reason in backends.availability().items()
+    if reason is None and name != "reference"
+]
+
+
+@st.composite
+def problems(draw):
+    """Sequences of any lengths, packed or as a batch of equal ones, and any sizes."""
+    groups, r = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    packed = draw(st.booleans())
+    keys = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    queries = [draw(st.integers(0, n)) for n in keys]
+    if not packed:
+        keys, queries = keys[:1], queries[:1]
+    where = {}
+    if packed:
+        where = {"cu_seqlens_q": borders(*queries), "cu_seqlens_k": borders(*keys)}
+    sizes = {
+        "b": 1 if packed else draw(st.integers(1, 3)),
+        "t": sum(queries),
+        "s": sum(keys),
+        "h": groups * r,
+        "g": groups,
+        "d": draw(st.sampled_from([1, 3, 8])),
+        "dv": draw(st.sampled_from([1, 4, 8])),
+    }
+    top_k = draw(st.integers(1, 6))
+    rule = {
+        "block_size": draw(st.integers(1, 12)),
+        "top_k": top_k,
+        "local_blocks": draw(st.integers(0, min(top_k, 2))),
+    }
+    return sizes, rule, where, draw(st.sampled_from(["warmup", "sparse"]))
+
+
+def run(backend, sizes, rule, where, phase):
+    tensors = qkv(**sizes, dtype=torch.float64, grad=True)
+    b, t, s, g = (sizes[name] for name in "btsg")
+    tensors += index_qk(b, t, s, g, 4, dtype=torch.float64, grad=True)
+    made = msa_attention(*tensors, **rule, **where, phase=phase, backend=backend)
+    dout = seeded(*made.out.shape, seed=5, dtype=torch.float64)
+    loss = (made.out * dout).sum() + made.index_loss
+    results = [made.out, made.lse, made.index_loss, *torch.autograd.grad(loss, tensors)]
+    return results if made.selection is None else [*results, made.selection.blocks]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_equals_the_definition(backend, problem):
+    for ours, definition in zip(run(backend, *problem), run("reference", *problem)):
+        torch.testing.assert_close(ours, definition)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), per=st.sampled_from(["all", "group", "head"]))
+def test_any_block_numbers_are_read_alike(backend, seed, per):
+    """Selections that no selector would make: unsorted, repeated, negative, beyond the end."""
+    q, k, v = qkv(2, 9, 23, 4, 2, 3, seed=seed, dtype=torch.float64, grad=True)
+    groups = {"all": 1, "group": 2, "head": 4}[per]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(-2, 9, (2, groups, 9, 5), generator=generator, dtype=torch.int32)
+    dout = seeded(2, 9, 4, 3, seed=seed, dtype=torch.float64)
+    results = []
+    for name in (backend, "reference"):
+        out, lse = sparse_attention(q, k, v, Selection(blocks, 4), return_lse=True, backend=name)
+        results.append((out, lse, *torch.autograd.grad(out, (q, k, v), dout)))
+    for ours, definition in zip(*results):
+        torch.testing.assert_close(ours, definition)
