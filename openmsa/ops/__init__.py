@@ -1,2 +1,1 @@
-"""The operations, shaped by hardware: one folder each, one file per backend, the public door in
-`__init__`."""
+"""The operations, shaped by hardware: a folder each, a file per backend, the door in front."""

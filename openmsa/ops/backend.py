@@ -21,8 +21,7 @@ def availability() -> dict[str, str | None]:
 
 
 def choose(backend: str | None, device: torch.device | str) -> str:
-    """The backend for tensors on `device`: the one asked for, or the fastest usable one if
-    `backend` is None.
+    """The backend for tensors on `device`: the one asked for; if None, the fastest usable one.
 
     Raises ValueError for an unknown name and for a backend that is not usable here.
     """

@@ -19,8 +19,7 @@ from openmsa.ops.workspace import accumulate_dtype, rows_at_once
 
 @dataclass(frozen=True)
 class Piece:
-    """queries and keys are places on the token axes; the first query sees `seen` + 1 of the piece's
-    keys."""
+    """Places on the token axes; the first query sees `seen` + 1 of the keys, the last sees all."""
 
     batch: int
     heads: slice  # KV heads
@@ -112,8 +111,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, piece: Piece, scale: float, poison: Tensor | None) -> Tensor:
-    """q [heads, r * tokens, d], k [heads, keys, d] -> scaled scores [heads, r, tokens, keys], -inf
-    in the future."""
+    """q [heads, r * tokens, d], k [heads, keys, d] -> scaled [heads, r, tokens, keys].
+
+    -inf in the future, NaN where poisoned.
+    """
     tokens = piece.queries.stop - piece.queries.start
     x = product(q, k.mT).to(accumulate_dtype(q)).mul_(scale).unflatten(1, (-1, tokens))
     here = torch.arange(tokens, device=q.device)

@@ -52,8 +52,10 @@ def scores(q: Tensor, keys: Tensor, tile: Tiles, scale: float, spoilt: Tensor) -
 
 
 def tops(x: Tensor) -> Tensor:
-    """Largest score of every place [T, r * width, 1]; finite where no key is seen, so that
-    subtracting it from -inf is not NaN."""
+    """Largest score of every place, [T, r * width, 1].
+
+    Finite where no key is seen, so that subtracting it from -inf is not NaN.
+    """
     return x.amax(1).clamp_(min=torch.finfo(x.dtype).min)[..., None]
 
 

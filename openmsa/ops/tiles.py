@@ -151,8 +151,7 @@ def walk(
 
 
 def _chunks(b: int, groups: int, t: int, at_once: int) -> Iterator[Chunk]:
-    """Chunks of at most `at_once` queries; whole sequences and several of them together where they
-    fit."""
+    """Chunks of at most `at_once` queries, made of whole sequences where these fit."""
     tokens = max(1, min(t, at_once))
     num_groups = max(1, min(groups, at_once // tokens))
     batches = max(1, min(b, at_once // (tokens * num_groups)))
@@ -167,8 +166,7 @@ def _chunks(b: int, groups: int, t: int, at_once: int) -> Iterator[Chunk]:
 
 
 def _width(pairs_per_block: int, r: int) -> int:
-    """Queries per tile: enough for an efficient matrix product, few enough that tiles are mostly
-    full."""
+    """Queries per tile: enough for an efficient product, few enough to fill most tiles."""
     width = 1
     while width * 2 <= pairs_per_block and width * r < 128:
         width *= 2
@@ -210,8 +208,7 @@ class Tiles:
 
 
 def _cut(blocks: Tensor, rows: Rows, chunk: Chunk, r: int, width: int) -> Tiles:
-    """Sort the pairs of `chunk` by row and cut them into tiles. blocks int32 [b, G, t, k], any
-    order within k."""
+    """Sort the pairs of `chunk` by row and cut them into tiles; blocks [b, groups, t, k]."""
     blocks = blocks[chunk.batches, chunk.groups, chunk.tokens].long()
     position, start, row0 = (
         x[chunk.batches, None, chunk.tokens] for x in (rows.position, rows.start, rows.row0)
@@ -261,6 +258,5 @@ def _cut(blocks: Tensor, rows: Rows, chunk: Chunk, r: int, width: int) -> Tiles:
 
 
 def _count(last_tile: Tensor, bound: int) -> int:
-    """The number of tiles: exact where reading is free, else a bound, because reading would stall
-    the device."""
+    """The number of tiles; a bound where reading the number would stall the device."""
     return int(last_tile[-1]) if last_tile.device.type == "cpu" else bound

@@ -7,17 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-# The most that one portable operation holds beside its inputs, outputs, gradients and their fp32
-# sums.
+# The most that a portable operation holds beside inputs, outputs, gradients and their fp32 sums.
 WORKSPACE_BYTES = 256 << 20
-# On a CPU a working set of this size stays in the caches: measured 5 to 10 times faster than 256
-# MB.
+# What stays in the caches of a CPU: gathers measured 15 and products 3 times faster than beyond.
 CACHE_BYTES = 32 << 20
 
 
 def rows_at_once(bytes_per_row: int, device: torch.device, wanted: int = 1) -> int:
-    """How many rows of work to take at once: what the caches hold, or `wanted` if memory allows
-    more."""
+    """How many rows of work to take at once: what the caches hold, or `wanted` if that fits."""
     most = max(1, WORKSPACE_BYTES // bytes_per_row)
     if device.type != "cpu":
         return most
@@ -30,8 +27,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Factors of a matrix product: as given where the device multiplies them natively, else
-    fp32."""
+    """Factors of a matrix product: as given if the device multiplies them natively, or fp32."""
     if x.device.type == "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
         return x.dtype
     native = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _cpu_multiplies_bf16()

@@ -1,5 +1,4 @@
-"""Block selection in bounded memory: scores in pieces of queries and keys, each reduced to its
-blocks' maxima.
+"""Block selection in bounded memory: pieces of scores, each reduced to its blocks' maxima.
 
 Scores lie keys first, [s, g * t], so that the maximum over a block runs along rows. The order that
 the definition asks for (forced, then score descending, then block number ascending) becomes one
@@ -93,8 +92,10 @@ def _one_problem(q_index, k_index, rule, index_scale, blocks):
 
 
 def _block_scores(q_index, k_index, block_size, index_scale, position):
-    """Best visible score of every block, [b, g, t, n]; query i stands at position + i; later blocks
-    are left out."""
+    """Best visible score of every block up to the last query's own, [b, g, t, n].
+
+    Query i stands at position + i.
+    """
     b, t, g, d = q_index.shape
     end = position + t
     n = -(-end // block_size)

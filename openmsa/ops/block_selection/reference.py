@@ -27,8 +27,7 @@ def select_blocks(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """q_index [b, t, g, di], k_index [b, s, di] -> int32 [b, g, t, top_k], ascending, -1 at the
-    end."""
+    """q_index [b, t, g, di], k_index [b, s, di] -> int32 [b, g, t, top_k]; see the door."""
     rule = (block_size, top_k, local_blocks, sink_blocks)
     compute = torch.float64 if q_index.dtype == torch.float64 else torch.float32
     q_index, k_index = q_index.detach().to(compute), k_index.detach().to(compute)

@@ -35,8 +35,7 @@ def index_loss(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """q [b, t, h, d], k [b, s, g, d], q_index [b, t, g, di], k_index [b, s, di], blocks [b, 1 | g,
-    t, n]; see the door."""
+    """blocks [b, 1 | g, t, k] or None for the whole prefix; the rest as at the door."""
     wanted = torch.is_grad_enabled() and (q_index.requires_grad or k_index.requires_grad)
     tensors = (q, k, q_index, k_index, blocks, row_weights, lse, cu_seqlens_q, cu_seqlens_k)
     return _forward(*tensors, block_size, scale, index_scale, wanted)[0]
@@ -87,8 +86,7 @@ def _empty(q_index: Tensor, k_index: Tensor, with_gradient: bool) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class _Work:
-    """One call: what goes in, and the sums that grow: loss, dq, dk, all before their common
-    factor."""
+    """One call: what goes in, and the sums loss, dq and dk, before their common factor."""
 
     q: Tensor
     k: Tensor

@@ -37,8 +37,7 @@ def sparse_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [b, t, h, d], k [b, s, g, d], v [b, s, g, dv], blocks [b, 1 | g | h, t, n]; see the
-    door."""
+    """blocks [b, 1 | g | h, t, k], in any order; the rest as at the door."""
     return _forward(q, k, v, blocks, block_size, scale, cu_seqlens_q, cu_seqlens_k)
 
 
