@@ -2,7 +2,7 @@
 
     make demo && .venv/bin/python plots/readme.py runs/demo
 
-Writes docs/figures/demo.png and demo.svg.
+Writes docs/figures/demo.png and, beside it, demo.svg.
 """
 
 from __future__ import annotations
