@@ -95,9 +95,9 @@ def split_documents(documents: Sequence[tuple[str, str]], split: str) -> list[st
         text = "\n".join(text for _, text in documents)
         cut = int(len(text) * (1 - HELDOUT_SHARE))
         return [text[:cut] if split == "train" else text[cut:]]
-    heldout = {
-        name for name, _ in documents if zlib.crc32(name.encode()) % 1000 < 1000 * HELDOUT_SHARE
-    }
+    order = {name: zlib.crc32(name.encode()) % 1000 for name, _ in documents}
+    heldout = {name for name, rank in order.items() if rank < 1000 * HELDOUT_SHARE}
+    heldout = heldout or {min(order, key=lambda name: (order[name], name))}
     return [text for name, text in documents if (name in heldout) == (split == "heldout")]
 
 
@@ -113,7 +113,8 @@ def _read(path: Path, text_column: str) -> Iterator[tuple[str, str]]:
     elif path.is_dir():
         for file in sorted(item for item in path.rglob("*") if item.is_file()):
             if file.suffix.lower() in TEXT_SUFFIXES | TABLE_SUFFIXES:
-                yield from _read(file, text_column)
+                inside = _read(file, text_column)
+                yield from ((name.removeprefix(f"{path}/"), text) for name, text in inside)
     elif path.suffix.lower() == ".parquet":
         import pyarrow.parquet
 

@@ -139,6 +139,7 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     observers = list(callbacks)
     if probe is not None:
         observers.append(Probe(probe, probe_every))
+    use_cache = model.config.use_cache
     trainer = MSATrainer(
         model=model,
         args=training_arguments(recipe, phase, str(folder)),
@@ -149,7 +150,6 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
         if isinstance(observer, Probe):
             observer.trainer = trainer
     trainer.remove_callback(PrinterCallback)  # its lines are in the history
-    use_cache = model.config.use_cache
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
     _finish(trainer, tokenizer, folder)

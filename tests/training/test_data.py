@@ -67,6 +67,13 @@ def test_every_source_gives_all_its_text_once(kind, tmp_path):
     assert "PNG" not in found
 
 
+def test_the_split_of_a_folder_does_not_depend_on_where_it_lies(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, two = (write_source("folder", tmp_path / name) for name in ("a", "b"))
+    assert read_documents(str(one), split="heldout") == read_documents(str(two), split="heldout")
+
+
 def test_the_standard_library_keeps_its_heldout_files_apart():
     train, heldout = standard_library_text("train"), standard_library_text("heldout")
     assert len(train) > 10 * len(heldout) > 0
