@@ -46,7 +46,7 @@ class DemoPlan:
     contexts: tuple[int, ...] = (256, 512, 1024)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     examples_per_cell: int = 10
-    decode_contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32000)
+    decode_contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
     story_tokens: int = 1024
 
     @property
