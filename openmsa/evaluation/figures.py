@@ -156,7 +156,7 @@ def mass_by_layer(bearing: Bearing) -> Figure:
         ax.set_yticks(range(len(bearing.layers)), [f"layer {b.layer}" for b in bearing.layers])
         ax.set_ylim(len(bearing.layers) - 0.5, -0.5)
         ax.set_xlim(right=1.0)
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         budget = f"{bearing.top_k} blocks of {bearing.block_size} tokens"
         ax.set_title(f"Attention mass inside {budget}; dashed: threshold")
         handles, labels = ax.get_legend_handles_labels()
