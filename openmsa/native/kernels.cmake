@@ -1,0 +1,66 @@
+# The targets, where there is a compiler. Sets OPENMSA_SETS, best first.
+include(CheckCXXCompilerFlag)
+include(CheckCXXSourceCompiles)
+find_package(nanobind CONFIG REQUIRED)
+find_package(OpenMP COMPONENTS CXX)
+find_package(Threads REQUIRED)
+
+set(CMAKE_CXX_STANDARD 17)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+
+# Multiply-adds may fuse: one rounding less. Nothing else of IEEE is given up, since NaN and -inf
+# carry meaning here; errno and floating-point traps do not.
+set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+                 -fno-exceptions -fno-rtti -Wall -Wextra)
+set(flags_avx2 -mavx2 -mfma -mf16c)
+set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+set(flags_avx512bf16 ${flags_avx512} -mavx512bf16)
+set(flags_portable "")
+
+if(OPENMSA_SANITIZE)
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined
+                      -fno-omit-frame-pointer -g)
+  add_link_options(-fsanitize=address,undefined)
+endif()
+
+# On a universal macOS build CMAKE_SYSTEM_PROCESSOR is not the target: ask the compiler.
+check_cxx_source_compiles("
+#if !defined(__x86_64__)
+#error
+#endif
+int main() { return 0; }" OPENMSA_X86)
+
+set(sources select.cpp attend.cpp attend_backward.cpp index_loss.cpp)
+list(TRANSFORM sources PREPEND ${OPENMSA_KERNELS}/)
+
+foreach(set avx512bf16 avx512 avx2 portable)
+  if(NOT set STREQUAL portable)
+    string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${flags_${set}}")
+    check_cxx_source_compiles("int main() { return 0; }" OPENMSA_FLAGS_${set})
+    unset(CMAKE_REQUIRED_FLAGS)
+    if(NOT OPENMSA_X86 OR NOT OPENMSA_FLAGS_${set})
+      continue()
+    endif()
+  endif()
+  add_library(kernels_${set} OBJECT ${sources} table.cpp)
+  target_include_directories(kernels_${set} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+  target_compile_definitions(kernels_${set} PRIVATE OPENMSA_ISA=${set})
+  target_compile_options(kernels_${set} PRIVATE ${kernel_flags} ${flags_${set}})
+  list(APPEND OPENMSA_SETS ${set})
+endforeach()
+
+nanobind_add_module(_kernels NB_STATIC NOMINSIZE bindings.cpp dispatch.cpp threads.cpp)
+foreach(set IN LISTS OPENMSA_SETS)
+  target_sources(_kernels PRIVATE $<TARGET_OBJECTS:kernels_${set}>)
+  target_compile_definitions(_kernels PRIVATE OPENMSA_HAS_${set})
+endforeach()
+target_link_libraries(_kernels PRIVATE Threads::Threads)
+if(OpenMP_CXX_FOUND)
+  # libgomp.so.1 by its soname: where torch has loaded its own, that one serves both.
+  target_link_libraries(_kernels PRIVATE OpenMP::OpenMP_CXX)
+endif()
+install(TARGETS _kernels LIBRARY DESTINATION openmsa/native)
