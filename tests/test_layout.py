@@ -24,6 +24,7 @@ STEPS = (
     ("mechanisms",),
     ("hf",),
     ("training", "inference"),
+    ("accounting",),
     ("evaluation",),
     ("cli",),
 )
@@ -220,6 +221,17 @@ def test_public_names_exist(name):
     assert getattr(openmsa, name) is not None and name in openmsa.__all__
 
 
+def test_the_overview_does_not_wait_for_torch():
+    code = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+from openmsa.cli import main
+sys.exit(main(["--help"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 and "openmsa VERB" in run.stdout, run.stderr
+
+
 def test_the_front_door_needs_torch_alone():
     """No package of ours beyond torch is loaded, even where it is installed."""
     absent = "transformers accelerate safetensors tokenizers datasets rich matplotlib pyarrow"
@@ -228,6 +240,8 @@ import sys
 for name in {absent.split()!r}:
     sys.modules[name] = None  # an import of it fails
 import torch, openmsa
+for name in openmsa.__all__:
+    getattr(openmsa, name)
 x = torch.ones(1, 5, 2, 4)
 out = openmsa.msa_attention(x, x, x, x, x[:, :, 0], block_size=2, top_k=1)
 assert out.out.shape == x.shape
