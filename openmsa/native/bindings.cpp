@@ -19,8 +19,9 @@ void require(bool holds, const char* rule) {
 }
 
 void four(nb::handle tuple, int64_t* numbers) {
-  require(nb::len(tuple) == 4, "a view has four sizes and four strides");
-  for (int i = 0; i < 4; ++i) numbers[i] = nb::cast<int64_t>(tuple[i]);
+  require(PyTuple_Check(tuple.ptr()) && PyTuple_GET_SIZE(tuple.ptr()) == 4,
+          "a view has four sizes and four strides");
+  for (int i = 0; i < 4; ++i) numbers[i] = nb::cast<int64_t>(nb::handle(PyTuple_GET_ITEM(tuple.ptr(), i)));
 }
 
 template <class T>
@@ -42,7 +43,10 @@ View view(const nb::tuple& parts) {
 Blocks blocks(const nb::object& parts) {
   Blocks made{};
   if (parts.is_none()) return made;
+  // An empty tensor has no address, but null would mean that there is no selection.
+  static const int32_t nothing = -1;
   made.data = address<const int32_t>(parts[0]);
+  if (!made.data) made.data = &nothing;
   four(parts[1], made.size);
   four(parts[2], made.stride);
   return made;

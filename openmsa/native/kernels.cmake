@@ -1,5 +1,4 @@
 # The targets, where there is a compiler. Sets OPENMSA_SETS, best first.
-include(CheckCXXCompilerFlag)
 include(CheckCXXSourceCompiles)
 find_package(nanobind CONFIG REQUIRED)
 find_package(OpenMP COMPONENTS CXX)
@@ -19,7 +18,12 @@ set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
 set(flags_avx2 -mavx2 -mfma -mf16c)
 set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 set(flags_avx512bf16 ${flags_avx512} -mavx512bf16)
-set(flags_portable "")
+
+# Each is compiled once before it counts: an old assembler refuses what a new compiler writes.
+set(probe_avx2 "__m256 f(__m128i x) { __m256 y = _mm256_cvtph_ps(x); return _mm256_fmadd_ps(y, y, y); }")
+set(probe_avx512 "__m512 f(__m512 x, __m512 y) { return _mm512_and_ps(x, _mm512_max_ps(x, y)); }")
+set(probe_avx512bf16
+    "__m512 f(__m512 x, __m512bh y) { return _mm512_dpbf16_ps(x, y, _mm512_cvtne2ps_pbh(x, x)); }")
 
 if(OPENMSA_SANITIZE)
   add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -40,7 +44,8 @@ list(TRANSFORM sources PREPEND ${OPENMSA_KERNELS}/)
 foreach(set avx512bf16 avx512 avx2 portable)
   if(NOT set STREQUAL portable)
     string(REPLACE ";" " " CMAKE_REQUIRED_FLAGS "${flags_${set}}")
-    check_cxx_source_compiles("int main() { return 0; }" OPENMSA_FLAGS_${set})
+    check_cxx_source_compiles(
+      "#include <immintrin.h>\n${probe_${set}}\nint main() { return 0; }" OPENMSA_FLAGS_${set})
     unset(CMAKE_REQUIRED_FLAGS)
     if(NOT OPENMSA_X86 OR NOT OPENMSA_FLAGS_${set})
       continue()

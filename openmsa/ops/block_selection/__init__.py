@@ -6,11 +6,11 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.block_selection import portable, reference
+from openmsa.ops.block_selection import cpu, portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_BACKENDS = {"reference": reference, "portable": portable}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
 
 
 def select_blocks(
@@ -46,7 +46,7 @@ def select_blocks(
     checks.forced(local_blocks, sink_blocks, top_k)
     index_scale = checks.scale_or_default("index_scale", index_scale, q_index.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q_index, k_index, cu_seqlens_q, cu_seqlens_k)
-    run = _BACKENDS[backends.choose(backend, q_index.device)].select_blocks
+    run = _BACKENDS[backends.choose(backend, q_index.device, q_index.dtype)].select_blocks
     with no_autocast(q_index):
         blocks = run(
             q_index,

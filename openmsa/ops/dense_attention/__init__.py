@@ -6,10 +6,10 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.dense_attention import portable, reference
+from openmsa.ops.dense_attention import cpu, portable, reference
 from openmsa.ops.workspace import no_autocast
 
-_BACKENDS = {"reference": reference, "portable": portable}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
 
 
 def dense_attention(
@@ -39,7 +39,7 @@ def dense_attention(
     checks.heads(q, k)
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _BACKENDS[backends.choose(backend, q.device)].dense_attention
+    run = _BACKENDS[backends.choose(backend, q.device, q.dtype)].dense_attention
     with no_autocast(q):
         out, lse = run(q, k, v, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return (out, lse.detach()) if return_lse else out

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.index_loss import portable, reference
+from openmsa.ops.index_loss import cpu, portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_BACKENDS = {"reference": reference, "portable": portable}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
 
 
 def index_loss(
@@ -54,7 +54,7 @@ def index_loss(
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     index_scale = checks.scale_or_default("index_scale", index_scale, q_index.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _BACKENDS[backends.choose(backend, q.device)].index_loss
+    run = _BACKENDS[backends.choose(backend, q.device, q.dtype, q_index.dtype)].index_loss
     with no_autocast(q):
         return run(
             q,

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.sparse_attention import portable, reference
+from openmsa.ops.sparse_attention import cpu, portable, reference
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_BACKENDS = {"reference": reference, "portable": portable}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
 
 
 def sparse_attention(
@@ -44,7 +44,7 @@ def sparse_attention(
     checks.selection(selection, q, (1, k.shape[2], q.shape[2]))
     scale = checks.scale_or_default("scale", scale, q.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
-    run = _BACKENDS[backends.choose(backend, q.device)].sparse_attention
+    run = _BACKENDS[backends.choose(backend, q.device, q.dtype)].sparse_attention
     with no_autocast(q):
         out, lse = run(
             q,
