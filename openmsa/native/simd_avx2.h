@@ -31,6 +31,15 @@ OPENMSA_INLINE float max_of(V x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+// Bit i: a > b in lane i.
+OPENMSA_INLINE uint32_t greater(V a, V b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))); }
+// Lane i: the sum of x[i].
+OPENMSA_INLINE V sums_of(const V (&x)[8]) {
+  V y[2];
+  for (int i = 0; i < 2; ++i)
+    y[i] = _mm256_hadd_ps(_mm256_hadd_ps(x[4 * i], x[4 * i + 1]), _mm256_hadd_ps(x[4 * i + 2], x[4 * i + 3]));
+  return add(_mm256_permute2f128_ps(y[0], y[1], 0x20), _mm256_permute2f128_ps(y[0], y[1], 0x31));
+}
 // x in the first n lanes, `other` in the rest; n may be anything.
 OPENMSA_INLINE V first(V x, int64_t n, V other) {
   int32_t lanes = n < 0 ? 0 : n > 8 ? 8 : int32_t(n);

@@ -24,6 +24,19 @@ OPENMSA_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 OPENMSA_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
 OPENMSA_INLINE float sum_of(V x) { return _mm512_reduce_add_ps(x); }
 OPENMSA_INLINE float max_of(V x) { return _mm512_reduce_max_ps(x); }
+// Bit i: a > b in lane i.
+OPENMSA_INLINE uint32_t greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+// Lane i: the sum of x[i].
+OPENMSA_INLINE V sums_of(const V (&x)[16]) {
+  V y[8], z[4];
+  for (int i = 0; i < 8; ++i)
+    y[i] = add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  for (int i = 0; i < 4; ++i)
+    z[i] = add(_mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0x44), _mm512_shuffle_ps(y[2 * i], y[2 * i + 1], 0xee));
+  for (int i = 0; i < 2; ++i)
+    y[i] = add(_mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0x88), _mm512_shuffle_f32x4(z[2 * i], z[2 * i + 1], 0xdd));
+  return add(_mm512_shuffle_f32x4(y[0], y[1], 0x88), _mm512_shuffle_f32x4(y[0], y[1], 0xdd));
+}
 // x in the first n lanes, `other` in the rest; n may be anything.
 OPENMSA_INLINE V first(V x, int64_t n, V other) {
   __mmask16 mask = n <= 0 ? 0 : n >= 16 ? 0xffff : __mmask16((1u << n) - 1);

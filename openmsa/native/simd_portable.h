@@ -31,6 +31,13 @@ OPENMSA_INLINE float max_of(V x) {
   float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;
 }
+// Bit i: a > b in lane i.
+OPENMSA_INLINE uint32_t greater(V a, V b) {
+  Whole bits = (a > b) & Whole{1, 2, 4, 8};
+  return uint32_t((bits[0] | bits[1]) | (bits[2] | bits[3]));
+}
+// Lane i: the sum of x[i].
+OPENMSA_INLINE V sums_of(const V (&x)[4]) { return V{sum_of(x[0]), sum_of(x[1]), sum_of(x[2]), sum_of(x[3])}; }
 // x in the first n lanes, `other` in the rest; n may be anything.
 OPENMSA_INLINE V first(V x, int64_t n, V other) {
   int32_t lanes = n < 0 ? 0 : n > 4 ? 4 : int32_t(n);
