@@ -1,4 +1,4 @@
-// exp for vectors. -inf gives exactly 0, NaN stays NaN.
+// exp and log for vectors. exp(-inf) is exactly 0, NaN stays NaN.
 #pragma once
 #include "simd.h"
 
@@ -44,6 +44,25 @@ OPENMSA_INLINE V exp_of(V x) {
     return exp2_rough(x);
   else
     return exp_exact(x);
+}
+
+// ln x to about the last place, for x from the smallest normal number up. Not for NaN.
+OPENMSA_INLINE V log_exact(V x) {
+  typedef int32_t Ints __attribute__((vector_size(sizeof(V))));
+  const Ints bits = (Ints)x, power = (bits - 0x3f3504f3) >> 23;  // x / 2^power in sqrt(1/2) .. sqrt(2)
+  const V n = __builtin_convertvector(power, V), f = sub((V)(bits - (power << 23)), all(1.0f));
+  V p = fma(all(7.0376836292e-2f), f, all(-1.1514610310e-1f));
+  p = fma(p, f, all(1.1676998740e-1f));
+  p = fma(p, f, all(-1.2420140846e-1f));
+  p = fma(p, f, all(1.4249322787e-1f));
+  p = fma(p, f, all(-1.6668057665e-1f));
+  p = fma(p, f, all(2.0000714765e-1f));
+  p = fma(p, f, all(-2.4999993993e-1f));
+  p = fma(p, f, all(3.3333331174e-1f));
+  const V square = mul(f, f);
+  p = fma(mul(p, f), square, mul(n, all(-2.12194440e-4f)));
+  p = fma(all(-0.5f), square, p);
+  return fma(n, all(0.693359375f), add(f, p));
 }
 
 }  // namespace
