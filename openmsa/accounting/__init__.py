@@ -1,1 +1,1 @@
-"""What an operation costs by count (FLOPs, bytes), what a machine gives, and how the two compare."""
+"""What an operation costs by count (FLOPs, bytes), what a machine gives, and how they compare."""

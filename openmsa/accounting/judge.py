@@ -40,7 +40,7 @@ def judge_selection(x: Inputs, selection: Selection, tokens: Sequence[int]) -> V
 
     A tie: nearer than fp32 sums of d_index products can tell apart.
     """
-    b, g, _, k = selection.blocks.shape
+    _, g, _, k = selection.blocks.shape
     s, size, t = x.k_index.shape[1], selection.block_size, selection.blocks.shape[2]
     worst = 0.0
     for token in tokens:
@@ -154,6 +154,7 @@ def _gradients(x: Inputs, token: int, group: int, keys: Tensor, dout: Tensor, dt
 
 
 def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Verdict:
+    ours, eager, truth = (y.detach() for y in (ours, eager, truth))
     last_place = torch.finfo(ours.dtype).eps * float(truth.abs().max())
     error, allowed = ((y.double() - truth).abs() for y in (ours, eager))
     mean = float(error.mean() / allowed.mean().clamp(min=1e-300))

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -49,44 +50,60 @@ class Comparison:
 def groups_that_fit(shape: Shape, tokens: int, available: int | None) -> int:
     """How many of the g groups transformers' masks leave room for; 0: not even one.
 
-    They hold three masks of one byte and two of the dtype per query head, and four-byte scores.
+    Without a word from the system about its memory: one.
     """
-    one = tokens * tokens * (7 * shape.r + 16)
+    one = group_bytes(shape, tokens)
     if available is None:
         return 1
-    fitting = [n for n in range(1, shape.g + 1) if shape.g % n == 0 and n * one < 0.75 * available]
+    fitting = [n for n in range(1, shape.g + 1) if shape.g % n == 0 and n * one < available]
     return max(fitting, default=0)
+
+
+def missing() -> str:
+    """Why transformers' side cannot run here; empty if it can."""
+    try:
+        found = find_spec("transformers.models.minimax_m3_vl")
+    except ModuleNotFoundError:
+        found = None
+    return "" if found else "needs transformers 5.17 or later (pip install 'openmsa[hf]')"
+
+
+def group_bytes(shape: Shape, tokens: int) -> int:
+    """What transformers holds for one group: three masks of one byte and two of two bytes for each
+    query head, and a few times its four-byte scores; with room to spare.
+    """
+    return tokens * tokens * (7 * shape.r + 16) * 4 // 3
 
 
 def compare(
     shape: Shape, tokens: int, groups: int, *, seconds: float, backend: str, instruction_set: str
 ) -> Comparison:
-    """Run both sides, one after the other. Raises ValueError with a side's last line if it fails."""
+    """Run one side after the other. Raises RuntimeError with a side's last line if it fails."""
     part = Shape(**{**asdict(shape), "h": groups * shape.r, "g": groups})
-    found, kept = {}, {}
+    job = {
+        "shape": asdict(part),
+        "tokens": tokens,
+        "seconds": seconds,
+        "backend": backend,
+        "instruction_set": instruction_set,
+        "threads": torch.get_num_threads(),
+    }
+    theirs, ours = (_in_a_process({**job, "side": side}) for side in SIDES)
+    verdict = judge.Verdict(ours["ok"], ours["words"]).also(_same(theirs, ours))
+    sides = (Side(Times(tuple(x["seconds"])), x["peak_bytes"]) for x in (theirs, ours))
+    return Comparison(*sides, groups, verdict)
+
+
+def _in_a_process(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        for side in SIDES:
-            told = Path(folder) / side
-            job = {
-                "side": side,
-                "shape": asdict(part),
-                "tokens": tokens,
-                "seconds": seconds,
-                "backend": backend,
-                "instruction_set": instruction_set,
-                "threads": torch.get_num_threads(),
-                "told": str(told),
-            }
-            command = [sys.executable, "-m", "openmsa.accounting.m3", json.dumps(job)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
-                raise ValueError(f"the {side} side of the comparison failed: {reason}")
-            kept[side] = torch.load(told)
-            found[side] = Side(Times(tuple(kept[side]["seconds"])), kept[side]["peak_bytes"])
-    verdict = judge.Verdict(kept["openmsa"]["ok"], kept["openmsa"]["words"])
-    verdict = verdict.also(_same(kept["transformers"], kept["openmsa"]))
-    return Comparison(found["transformers"], found["openmsa"], groups, verdict)
+        told = Path(folder) / "told"
+        command = [sys.executable, "-m", "openmsa.accounting.m3"]
+        command.append(json.dumps({**job, "told": str(told)}))
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
+            raise RuntimeError(f"the {job['side']} side of the comparison failed: {reason}")
+        return torch.load(told)
 
 
 def _same(theirs: dict, ours: dict) -> judge.Verdict:

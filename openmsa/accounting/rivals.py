@@ -61,7 +61,7 @@ def backward(x: Inputs, dout: Tensor, *, seconds: float, flops: float = SLICE_FL
     times = timed(
         lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), seconds=seconds
     )
-    return _rival(times, x.q.shape[2], heads, "torch SDPA backward")
+    return _rival(times, x.q.shape[2], heads, "torch SDPA, backward")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ VERBS = {
     "evaluate": "perplexity by position, retrieval and recall, models side by side",
     "generate": "text from a prompt of any length the model allows",
     "inspect": "what the index selects, and whether a dense model would bear MSA",
+    "bench": "what this machine gives: dense, sparse and decoding beside its roofs",
     "env": "which backends are usable here and, for each that is not, why",
 }
 
