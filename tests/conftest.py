@@ -1,9 +1,27 @@
-"""Tests marked gpu are skipped, and counted as skipped, where there is no GPU."""
+"""Backends by name, and tests marked gpu, which are skipped where there is no GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+from openmsa import native
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend of a parameter such as "portable" or "cpu-avx2"; the latter runs that instruction
+    set."""
+    name, _, instructions = request.param.partition("-")
+    usable = native.instruction_sets()
+    if name == "cpu" and (instructions or "portable") not in usable:
+        here = ", ".join(usable) or native.unavailable()
+        pytest.skip(f"{request.param} cannot run here ({here})")
+    with native.instruction_set(instructions) if instructions else nullcontext():
+        yield name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,35 @@
-"""What tests of several rooms share: seeded inputs, eager attention, and the accuracy rule."""
+"""What tests of several rooms share: backends, seeded inputs, eager torch, the accuracy rule."""
 
 from __future__ import annotations
 
 import math
+import warnings
 
+import pytest
 import torch
 from torch import Tensor
+
+from openmsa.native import EVERY_INSTRUCTION_SET
+
+# Each is one run of a test's body; those that cannot run here are skipped (tests/conftest.py).
+CPU = [f"cpu-{name}" for name in EVERY_INSTRUCTION_SET]
+every_backend = pytest.mark.parametrize("backend", ["reference", "portable", *CPU], indirect=True)
+judged_backend = pytest.mark.parametrize("backend", ["portable", *CPU], indirect=True)
+every_instruction_set = pytest.mark.parametrize("backend", CPU, indirect=True)
+
+
+def widest(backend: str) -> torch.dtype:
+    """The most precise dtype that a backend takes."""
+    return torch.float32 if backend == "cpu" else torch.float64
+
+
+def gradcheck(run, inputs) -> bool:
+    """torch's, with steps and tolerances for fp32 where the inputs are fp32."""
+    if inputs[0].dtype == torch.float64:
+        return torch.autograd.gradcheck(run, inputs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not a double precision floating point.*")
+        return torch.autograd.gradcheck(run, inputs, eps=1e-2, atol=2e-3, rtol=1e-2)
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False):

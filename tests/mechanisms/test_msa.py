@@ -17,15 +17,13 @@ from openmsa import (
     select_blocks,
     sparse_attention,
 )
-from openmsa.ops import backend as backends
-from tests.support import index_qk, qkv
+from tests.support import every_backend, index_qk, qkv, widest
 
-BACKENDS = [name for name, reason in backends.availability().items() if reason is None]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 RULE = {"block_size": 4, "top_k": 3}
 
 
-def tensors(b=2, t=30, s=30, dtype=torch.float64):
+def tensors(backend, b=2, t=30, s=30):
+    dtype = widest(backend)
     return (
         *qkv(b, t, s, 4, 2, 8, dtype=dtype, grad=True),
         *index_qk(b, t, s, 2, 8, dtype=dtype, grad=True),
@@ -34,7 +32,7 @@ def tensors(b=2, t=30, s=30, dtype=torch.float64):
 
 @every_backend
 def test_sparse_phase_is_select_attend_and_loss(backend):
-    q, k, v, q_index, k_index = tensors()
+    q, k, v, q_index, k_index = tensors(backend)
     made = msa_attention(q, k, v, q_index, k_index, **RULE, backend=backend, scale=0.5)
     selection = select_blocks(q_index, k_index, **RULE)
     out, lse = sparse_attention(q, k, v, selection, scale=0.5, return_lse=True)
@@ -47,7 +45,7 @@ def test_sparse_phase_is_select_attend_and_loss(backend):
 
 @every_backend
 def test_warmup_attends_densely_and_teaches_on_the_prefix(backend):
-    q, k, v, q_index, k_index = tensors()
+    q, k, v, q_index, k_index = tensors(backend)
     made = msa_attention(q, k, v, q_index, k_index, **RULE, phase="warmup", backend=backend)
     assert made.selection is None
     torch.testing.assert_close(made.out, dense_attention(q, k, v))
@@ -56,7 +54,7 @@ def test_warmup_attends_densely_and_teaches_on_the_prefix(backend):
 
 @every_backend
 def test_dense_phase_leaves_the_index_alone(backend):
-    q, k, v, q_index, k_index = tensors()
+    q, k, v, q_index, k_index = tensors(backend)
     made = msa_attention(q, k, v, q_index, k_index, **RULE, phase="dense", backend=backend)
     assert made.index_loss is None
     assert made.selection is None
@@ -66,7 +64,7 @@ def test_dense_phase_leaves_the_index_alone(backend):
 @every_backend
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 def test_loss_and_output_keep_their_gradients_apart(backend, phase):
-    inputs = tensors()
+    inputs = tensors(backend)
     made = msa_attention(*inputs, **RULE, phase=phase, backend=backend)
     from_out = torch.autograd.grad(made.out.sum(), inputs, allow_unused=True, retain_graph=True)
     from_loss = torch.autograd.grad(made.index_loss, inputs, allow_unused=True)
@@ -76,14 +74,14 @@ def test_loss_and_output_keep_their_gradients_apart(backend, phase):
 
 @every_backend
 def test_loss_is_left_out_on_request(backend):
-    made = msa_attention(*tensors(), **RULE, with_index_loss=False, backend=backend)
+    made = msa_attention(*tensors(backend), **RULE, with_index_loss=False, backend=backend)
     assert made.index_loss is None
     assert isinstance(made.selection, Selection)
 
 
 @every_backend
 def test_keeping_every_block_equals_the_dense_phase(backend):
-    inputs = tensors()
+    inputs = tensors(backend)
     kept = msa_attention(*inputs, block_size=4, top_k=8, backend=backend)
     dense = msa_attention(*inputs, phase="warmup", backend=backend)
     torch.testing.assert_close(kept.out, dense.out)
@@ -92,7 +90,7 @@ def test_keeping_every_block_equals_the_dense_phase(backend):
 
 @every_backend
 def test_decoding_equals_the_full_pass(backend):
-    q, k, v, q_index, k_index = tensors()
+    q, k, v, q_index, k_index = tensors(backend)
     full = msa_attention(q, k, v, q_index, k_index, **RULE, backend=backend)
     for end in (1, 4, 5, 29, 30):
         here = slice(end - 1, end)
@@ -107,7 +105,7 @@ def test_decoding_equals_the_full_pass(backend):
 @every_backend
 def test_short_sequences_are_dense_and_long_ones_are_not(backend):
     """A test shorter than k blocks could not see a wrong selection."""
-    q, k, v, q_index, k_index = tensors()
+    q, k, v, q_index, k_index = tensors(backend)
     made = msa_attention(q, k, v, q_index, k_index, **RULE, backend=backend)
     dense = dense_attention(q, k, v)
     torch.testing.assert_close(made.out[:, :12], dense[:, :12])

@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from openmsa import mechanisms
-from openmsa.ops import backend as backends
-from tests.support import index_qk, qkv
+from tests.support import every_backend, index_qk, qkv, widest
 
 ROOMS = sorted(m.name for m in pkgutil.iter_modules(mechanisms.__path__))
-BACKENDS = [name for name, reason in backends.availability().items() if reason is None]
 HEADINGS = ("Config", "REMEMBERS", "select", "attend", "loss")
 
 every_room = pytest.mark.parametrize("room", ROOMS)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def load(room):
@@ -43,11 +40,8 @@ def attend(room, tensors, backend, keep=3):
     return module.attend(q, k, v, chosen, backend=backend)[0]
 
 
-def tensors(t, s):
-    return (
-        *qkv(2, t, s, 4, 2, 8, dtype=torch.float64),
-        *index_qk(2, t, s, 2, 8, dtype=torch.float64),
-    )
+def tensors(t, s, dtype):
+    return (*qkv(2, t, s, 4, 2, 8, dtype=dtype), *index_qk(2, t, s, 2, 8, dtype=dtype))
 
 
 @every_room
@@ -68,14 +62,14 @@ def test_headings_come_in_order(room):
 @every_backend
 @pytest.mark.parametrize("s", [1, 15, 16, 17, 40])
 def test_keeping_everything_is_dense(room, backend, s):
-    x = tensors(s, s)
+    x = tensors(s, s, widest(backend))
     torch.testing.assert_close(attend(room, x, backend, keep=10), attend("dense", x, "reference"))
 
 
 @every_room
 @every_backend
 def test_future_cannot_be_read(room, backend):
-    x = tensors(40, 40)
+    x = tensors(40, 40, widest(backend))
     changed = [y.clone() for y in x]
     for y in changed:
         y[:, 29:] = float("nan")
@@ -86,7 +80,7 @@ def test_future_cannot_be_read(room, backend):
 @every_room
 @every_backend
 def test_decoding_is_the_full_pass(room, backend):
-    x = tensors(40, 40)
+    x = tensors(40, 40, widest(backend))
     full = attend(room, x, backend)
     q, k, v, q_index, k_index = x
     for start, end in ((0, 1), (4, 5), (13, 20), (39, 40)):

@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from openmsa import Selection, select_blocks, sparse_attention
-from openmsa.ops import backend as backends
-from tests.support import qkv, seeded
+from tests.support import every_backend, qkv, seeded
 
 m3 = pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
 m3_config = pytest.importorskip("transformers.models.minimax_m3_vl.configuration_minimax_m3_vl")
 
-BACKENDS = [name for name, reason in backends.availability().items() if reason is None]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 HIDDEN, HEADS, GROUPS, DIM, BLOCK = 24, 8, 2, 8, 4
 
 

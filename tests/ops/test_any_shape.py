@@ -1,21 +1,16 @@
-"""Portable against the definition on shapes that nobody chose."""
+"""Every other backend against the definition on shapes that nobody chose."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmsa import Selection, msa_attention, sparse_attention
-from openmsa.ops import backend as backends
-from tests.support import borders, index_qk, qkv, seeded
+from tests.support import borders, index_qk, judged_backend, qkv, seeded, widest
 
-OTHERS = [
-    name
-    for name, reason in backends.availability().items()
-    if reason is None and name != "reference"
-]
+# The backend of a parameter stays as it is over all examples.
+ONE_BACKEND = [HealthCheck.function_scoped_fixture]
 
 
 @st.composite
@@ -48,35 +43,36 @@ def problems(draw):
     return sizes, rule, where, draw(st.sampled_from(["warmup", "sparse"]))
 
 
-def run(backend, sizes, rule, where, phase):
-    tensors = qkv(**sizes, dtype=torch.float64, grad=True)
+def run(backend, dtype, sizes, rule, where, phase):
+    tensors = qkv(**sizes, dtype=dtype, grad=True)
     b, t, s, g = (sizes[name] for name in "btsg")
-    tensors += index_qk(b, t, s, g, 4, dtype=torch.float64, grad=True)
+    tensors += index_qk(b, t, s, g, 4, dtype=dtype, grad=True)
     made = msa_attention(*tensors, **rule, **where, phase=phase, backend=backend)
-    dout = seeded(*made.out.shape, seed=5, dtype=torch.float64)
+    dout = seeded(*made.out.shape, seed=5, dtype=dtype)
     loss = (made.out * dout).sum() + made.index_loss
     results = [made.out, made.lse, made.index_loss, *torch.autograd.grad(loss, tensors)]
     return results if made.selection is None else [*results, made.selection.blocks]
 
 
-@pytest.mark.parametrize("backend", OTHERS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@judged_backend
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=ONE_BACKEND)
 @given(problem=problems())
 def test_equals_the_definition(backend, problem):
-    for ours, definition in zip(run(backend, *problem), run("reference", *problem)):
+    dtype = widest(backend)
+    for ours, definition in zip(run(backend, dtype, *problem), run("reference", dtype, *problem)):
         torch.testing.assert_close(ours, definition)
 
 
-@pytest.mark.parametrize("backend", OTHERS)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@judged_backend
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=ONE_BACKEND)
 @given(seed=st.integers(0, 10**6), per=st.sampled_from(["all", "group", "head"]))
 def test_any_block_numbers_are_read_alike(backend, seed, per):
     """Selections that no selector would make: unsorted, repeated, negative, beyond the end."""
-    q, k, v = qkv(2, 9, 23, 4, 2, 3, seed=seed, dtype=torch.float64, grad=True)
+    q, k, v = qkv(2, 9, 23, 4, 2, 3, seed=seed, dtype=widest(backend), grad=True)
     groups = {"all": 1, "group": 2, "head": 4}[per]
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(-2, 9, (2, groups, 9, 5), generator=generator, dtype=torch.int32)
-    dout = seeded(2, 9, 4, 3, seed=seed, dtype=torch.float64)
+    dout = seeded(2, 9, 4, 3, seed=seed, dtype=q.dtype)
     results = []
     for name in (backend, "reference"):
         out, lse = sparse_attention(q, k, v, Selection(blocks, 4), return_lse=True, backend=name)

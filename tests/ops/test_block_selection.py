@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from openmsa import select_blocks
-from openmsa.ops import backend as backends
-from tests.support import borders, index_qk
-
-BACKENDS = [name for name, reason in backends.availability().items() if reason is None]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+from tests.support import borders, every_backend, index_qk, widest
 
 
 def by_hand(q_index, k_index, block_size, top_k, local_blocks=1, sink_blocks=0):
@@ -61,8 +57,9 @@ def test_is_the_definition(backend, t, s, block_size, top_k, local_blocks, sink_
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, "widest", torch.bfloat16, torch.float16])
 def test_equal_scores_go_to_the_lower_block(backend, dtype):
+    dtype = widest(backend) if dtype == "widest" else dtype
     q_index, k_index = (x.round().to(dtype) for x in index_qk(1, 50, 50, 2, 1))
     chosen = select_blocks(q_index, k_index, block_size=4, top_k=4, backend=backend)
     assert torch.equal(chosen.blocks, by_hand(q_index, k_index, 4, 4))
@@ -87,8 +84,9 @@ def test_minus_zero_equals_plus_zero(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, "widest", torch.bfloat16])
 def test_nan_scores_lowest_and_spoils_no_other_key(backend, dtype):
+    dtype = widest(backend) if dtype == "widest" else dtype
     q_index, k_index = index_qk(1, 60, 60, 2, 4, dtype=dtype)
     k_index[:, 3::7] = math.nan  # some keys of most blocks
     k_index[:, 8:12] = math.nan  # a whole block
@@ -125,7 +123,8 @@ def test_groups_choose_for_themselves(backend):
     q_index, k_index = index_qk(1, 64, 64, 4, 4)
     chosen = select_blocks(q_index, k_index, block_size=4, top_k=3, backend=backend).blocks
     for group in range(4):
-        alone = select_blocks(q_index[:, :, [group]], k_index, block_size=4, top_k=3).blocks
+        one = q_index[:, :, [group]]
+        alone = select_blocks(one, k_index, block_size=4, top_k=3, backend=backend).blocks
         assert torch.equal(chosen[:, [group]], alone)
     assert not torch.equal(chosen[:, 0], chosen[:, 1])
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from openmsa import dense_attention
-from openmsa.ops import backend as backends
 from tests.support import (
     assert_as_good_as_eager,
     borders,
     eager_attention,
+    every_backend,
+    gradcheck,
+    judged_backend,
     qkv,
     readable,
     seeded,
+    widest,
 )
-
-BACKENDS = [name for name, reason in backends.availability().items() if reason is None]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def with_gradients(run, inputs, dout):
@@ -57,8 +57,9 @@ def test_output_and_gradients_are_as_good_as_eager(backend, dtype, b, t, s, h, g
 
 
 @every_backend
-@pytest.mark.parametrize(("t", "s", "dtype"), [(30, 30, torch.float32), (7, 30, torch.float64)])
+@pytest.mark.parametrize(("t", "s", "dtype"), [(30, 30, torch.float32), (7, 30, "widest")])
 def test_lse_is_the_logarithm_of_the_sum(backend, t, s, dtype):
+    dtype = widest(backend) if dtype == "widest" else dtype
     q, k, v = qkv(2, t, s, 4, 2, 8, dtype=dtype)
     lse = dense_attention(q, k, v, return_lse=True, backend=backend, scale=0.7)[1]
     scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * 0.7
@@ -68,9 +69,10 @@ def test_lse_is_the_logarithm_of_the_sum(backend, t, s, dtype):
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, "widest", torch.bfloat16])
 def test_future_keys_cannot_be_read(backend, dtype):
-    """fp32 takes torch's fused attention, fp64 our own."""
+    """fp32 takes torch's fused attention in portable, fp64 our own."""
+    dtype = widest(backend) if dtype == "widest" else dtype
     q, k, v = qkv(1, 40, 40, 4, 2, 8, dtype=dtype, grad=True)
     spoilt_k, spoilt_v = k.detach().clone(), v.detach().clone()
     spoilt_k[:, 30, 0] = math.nan
@@ -90,7 +92,7 @@ def test_future_keys_cannot_be_read(backend, dtype):
 
 @every_backend
 def test_decoding_equals_the_full_pass(backend):
-    q, k, v = qkv(2, 45, 45, 4, 2, 8, dtype=torch.float64)
+    q, k, v = qkv(2, 45, 45, 4, 2, 8, dtype=widest(backend))
     full = dense_attention(q, k, v, backend=backend)
     for start, end in ((0, 1), (4, 5), (44, 45), (13, 29)):
         out = dense_attention(q[:, start:end], k[:, :end], v[:, :end], backend=backend)
@@ -100,7 +102,7 @@ def test_decoding_equals_the_full_pass(backend):
 @every_backend
 def test_packed_equals_alone_with_gradients(backend):
     tq, sk = (7, 0, 20, 1, 3), (9, 4, 20, 12, 3)
-    q, k, v = qkv(1, sum(tq), sum(sk), 4, 2, 8, dtype=torch.float64, grad=True)
+    q, k, v = qkv(1, sum(tq), sum(sk), 4, 2, 8, dtype=widest(backend), grad=True)
     packed = {"cu_seqlens_q": borders(*tq), "cu_seqlens_k": borders(*sk)}
     out, lse = dense_attention(q, k, v, return_lse=True, backend=backend, **packed)
     alone = [
@@ -110,7 +112,7 @@ def test_packed_equals_alone_with_gradients(backend):
     apart = torch.cat([x for x, _ in alone], 1)
     torch.testing.assert_close(out, apart)
     torch.testing.assert_close(lse, torch.cat([x for _, x in alone], 1))
-    dout = seeded(*out.shape, seed=9, dtype=torch.float64)
+    dout = seeded(*out.shape, seed=9, dtype=out.dtype)
     grads = (torch.autograd.grad(x, (q, k, v), dout) for x in (out, apart))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
@@ -118,8 +120,8 @@ def test_packed_equals_alone_with_gradients(backend):
 
 @every_backend
 def test_gradcheck(backend):
-    inputs = qkv(1, 5, 7, 4, 2, 3, 2, dtype=torch.float64, grad=True)
-    assert torch.autograd.gradcheck(lambda *x: dense_attention(*x, backend=backend), inputs)
+    inputs = qkv(1, 5, 7, 4, 2, 3, 2, dtype=widest(backend), grad=True)
+    assert gradcheck(lambda *x: dense_attention(*x, backend=backend), inputs)
 
 
 @every_backend
@@ -128,9 +130,13 @@ def test_no_queries(backend):
     assert dense_attention(q, k, v, backend=backend).shape == (2, 0, 4, 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_repeats_bit_for_bit(dtype):
+@judged_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "widest"])
+def test_repeats_bit_for_bit(backend, dtype):
+    dtype = widest(backend) if dtype == "widest" else dtype
     inputs = qkv(2, 60, 60, 4, 2, 8, dtype=dtype, grad=True)
     dout = seeded(2, 60, 4, 8, seed=3, dtype=dtype)
-    runs = [with_gradients(dense_attention, inputs, dout) for _ in "ab"]
+    runs = [
+        with_gradients(lambda *x: dense_attention(*x, backend=backend), inputs, dout) for _ in "ab"
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs))

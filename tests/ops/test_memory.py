@@ -32,17 +32,18 @@ def test_no_operation_allocates_a_matrix_of_the_problem(operation, monkeypatch):
     )  # fp64: never torch's fused one
     q, k, v = qkv(1, TOKENS, TOKENS, 4, 2, 4, dtype=dtype, grad=True)
     q_index, k_index = index_qk(1, TOKENS, TOKENS, 2, 4, grad=True)
-    selection = select_blocks(q_index, k_index, block_size=4, top_k=4)
+    rule = {"backend": "portable"}
+    selection = select_blocks(q_index, k_index, block_size=4, top_k=4, **rule)
 
     def run():
         if operation == "select":
-            return select_blocks(q_index, k_index, block_size=4, top_k=4)
+            return select_blocks(q_index, k_index, block_size=4, top_k=4, **rule)
         if operation == "sparse":
-            return sparse_attention(q, k, v, selection).sum().backward()
+            return sparse_attention(q, k, v, selection, **rule).sum().backward()
         if operation == "dense":
-            return dense_attention(q, k, v).sum().backward()
+            return dense_attention(q, k, v, **rule).sum().backward()
         chosen = selection if operation == "loss" else None
-        return index_loss(q, k, q_index, k_index, chosen).backward()
+        return index_loss(q, k, q_index, k_index, chosen, **rule).backward()
 
     one_mask = TOKENS * TOKENS  # bytes of the smallest thing that must not exist, a boolean mask
     one_row_of_blocks = TOKENS * TOKENS // 4 * 2 * 4  # fp32 block scores of two groups
@@ -52,7 +53,7 @@ def test_no_operation_allocates_a_matrix_of_the_problem(operation, monkeypatch):
 LONG = """
 import resource, sys, torch
 import openmsa
-s, h, g, d, t = 32768, 64, 4, 128, int(sys.argv[2])
+s, h, g, d, t, backend = 32768, 64, 4, 128, int(sys.argv[2]), sys.argv[3]
 def made(*shape):
     return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
 def peak():
@@ -63,14 +64,14 @@ q_index, k_index = made(1, t, g, d), made(1, s, d)
 before = peak()
 held = 0
 if sys.argv[1] == "dense":
-    out = openmsa.dense_attention(q, k, v)
+    out = openmsa.dense_attention(q, k, v, backend=backend)
     out.backward(out.detach())
     results = [out, q.grad, k.grad, v.grad]
 else:
-    selection = openmsa.select_blocks(q_index, k_index)
-    out = openmsa.sparse_attention(q, k, v, selection)
+    selection = openmsa.select_blocks(q_index, k_index, backend=backend)
+    out = openmsa.sparse_attention(q, k, v, selection, backend=backend)
     out.backward(out.detach())
-    loss = openmsa.index_loss(q, k, q_index, k_index, selection)
+    loss = openmsa.index_loss(q, k, q_index, k_index, selection, backend=backend)
     loss.backward()
     results = [out, selection.blocks, q.grad, k.grad, v.grad, q_index.grad, k_index.grad]
 held = sum(x.numel() * x.element_size() for x in results)
@@ -79,8 +80,9 @@ print(peak() - before - held)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["portable", "cpu"], indirect=True)
 @pytest.mark.parametrize(("operation", "queries"), [("sparse", 1024), ("dense", 128)])
-def test_32k_tokens_need_less_than_two_gigabytes(operation, queries):
+def test_32k_tokens_need_less_than_two_gigabytes(backend, operation, queries):
     """64 query and 4 KV heads, d 128, blocks of 128, 16 kept, bf16, forward and backward.
 
     Measured on the last queries, enough to fill the workspace several times. More of them add
@@ -88,7 +90,7 @@ def test_32k_tokens_need_less_than_two_gigabytes(operation, queries):
     once, the rest what the C library keeps of what was freed.
     """
     code = subprocess.run(
-        [sys.executable, "-c", LONG, operation, str(queries)],
+        [sys.executable, "-c", LONG, operation, str(queries), backend],
         capture_output=True,
         text=True,
         check=True,

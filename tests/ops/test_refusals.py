@@ -164,4 +164,26 @@ def test_backends_say_why_they_are_not_usable():
     assert reasons["reference"] is None
     assert reasons["portable"] is None
     assert all(reason is None or len(reason) > 10 for reason in reasons.values())
-    assert backends.choose(None, "cpu") == "portable"
+
+
+def test_backend_is_chosen_by_device_and_dtype():
+    fastest = "portable" if backends.availability()["cpu"] else "cpu"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert backends.choose(None, "cpu", dtype) == fastest
+        assert backends.choose(None, "cuda:1", dtype) == "portable"
+        assert backends.choose(None, "meta", dtype) == "portable"
+    assert backends.choose(None, "cpu", torch.float64) == "portable"
+    assert backends.choose(None, "cpu", torch.float32, torch.float64) == "portable"
+
+
+@pytest.mark.skipif(backends.availability()["cpu"] is not None, reason="no native kernels here")
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("cpu", torch.float64, "it takes float32, float16, bfloat16, got torch.float64; convert"),
+        ("cuda:0", torch.float32, "it reads tensors on the cpu, got cuda:0; move them"),
+    ],
+)
+def test_cpu_backend_says_what_it_does_not_take(device, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        backends.choose("cpu", device, dtype)
