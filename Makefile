@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
+# Installing compiles these; Python files need no second install.
+NATIVE := $(wildcard openmsa/native/*.cpp openmsa/native/*.h openmsa/native/*.cmake) openmsa/native/CMakeLists.txt
 # One thread in each of a few workers: tiny tensors lose more to threads than they gain.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
@@ -29,10 +31,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11 or later: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	@$(BIN)/python -c 'from openmsa import native; print("Native kernels:", native.unavailable() or ", ".join(native.instruction_sets()))'
 	touch $@
 
 clean:

@@ -14,7 +14,8 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 # Multiply-adds may fuse: one rounding less. Nothing else of IEEE is given up, since NaN and -inf
 # carry meaning here; errno and floating-point traps do not.
 set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
-                 -fno-exceptions -fno-rtti -Wall -Wextra)
+                 -fno-exceptions -fno-rtti -Wall -Wextra
+                 $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # false in gcc 12's own headers
 set(flags_avx2 -mavx2 -mfma -mf16c)
 set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 set(flags_avx512bf16 ${flags_avx512} -mavx512bf16)
