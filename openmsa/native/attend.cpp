@@ -172,33 +172,35 @@ inline void weigh(float* x, int64_t visible, int64_t columns, float& m, float& l
   l = (l < 0 ? 0.0f : l) * c[0] + sum_of(sum);
 }
 
-// X = q K * scale. Stored before anything is subtracted: fused, the largest score would not give exactly 1.
+// X (+)= sums * scale. Stored before anything is subtracted: fused, the largest score would not give exactly 1.
 struct Scaled {
   float* x;
   int64_t step;
   float scale;
+  bool more;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < N; ++j) store(x + (row + i) * step + column + j * W, mul(sums[i][j], all(scale)));
+      for (int j = 0; j < N; ++j) {
+        float* to = x + (row + i) * step + column + j * W;
+        const V own = mul(sums[i][j], all(scale));
+        store(to, more ? add(load(to), own) : own);
+      }
   }
 };
-struct Corrected {
+// O = O c + sums
+struct MovedOn {
   float* const* o;
   const float* c;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < N; ++j)
-        sums[i][j] = mul(load(o[row + i] + column + j * W), load(c + (row + i) * W));
-  }
-};
-struct Kept {
-  float* const* o;
-  template <int R, int N>
-  inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < N; ++j) store(o[row + i] + column + j * W, sums[i][j]);
+    for (int i = 0; i < R; ++i) {
+      const V by = load(c + (row + i) * W);
+      for (int j = 0; j < N; ++j) {
+        float* to = o[row + i] + column + j * W;
+        store(to, fma(load(to), by, sums[i][j]));
+      }
+    }
   }
 };
 
@@ -302,8 +304,11 @@ struct Attention {
         pack_row(at(x.q, chunk.in.batch, chunk.in.q0 + token, chunk.group * r + head), x.q.kind, x.q.stride[3],
                  plan.d, desk.q + i * d);
       }
-      product<Unit>({desk.q, d, rows, desk.across, columns, columns, units<Unit>(plan.d)}, FromZero{},
-                    Scaled{desk.scores, columns, x.scale * UNIT});
+      // Short sums, added up: the error of a long one grows with its length.
+      for (int64_t u = 0; u < larger(1, units<Unit>(plan.d)); u += PIECE)
+        product<Unit>({desk.q + u, d, rows, desk.across + u * columns, columns, columns,
+                       smaller(PIECE, units<Unit>(plan.d) - u)},
+                      FromZero{}, Scaled{desk.scores, columns, x.scale * UNIT, u > 0});
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t token = readers[(row + i) / r], at = (token - chunk.from) * r + (row + i) % r;
         const int64_t visible = smaller(n, chunk.in.position(token) - from + 1);
@@ -311,7 +316,7 @@ struct Attention {
         if (bad < visible) own.l[at] = __builtin_nanf("");
       }
       product<Unit>({reinterpret_cast<const Unit*>(desk.scores), columns, rows, along, dv, dv, units<Unit>(n)},
-                    Corrected{desk.o, desk.c}, Kept{desk.o});
+                    FromZero{}, MovedOn{desk.o, desk.c});
     }
   }
 
