@@ -95,25 +95,38 @@ def judge_gradients(
     size = 128 if selection is None else selection.block_size
     block = max(0, (s - 1) // size - 1)
     own = range(block * size, min(s, (block + 1) * size))
-    wanted = {"dq": sampled(t, 4), "dk dv": range(max(0, own.start - (s - t)), t)}
-    found: dict[str, list[list[Tensor]]] = {name: [[], [], []] for name in ("dq", "dk", "dv")}
-    for token, group, keys in _rows(x, selection, wanted["dq"]):
-        for place, dtype in enumerate((x.q.dtype, torch.float64)):
-            found["dq"][1 + place].append(_gradients(x, token, group, keys, dout, dtype)[0])
-        found["dq"][0].append(dq[0, token, _heads(x, group)])
-    sums = torch.zeros(2, 2, len(own), x.k.shape[-1], dtype=torch.float64)
-    for token, _, keys in _rows(x, selection, wanted["dk dv"], groups=(0,)):
+    rows = [[], [], []]  # of dq: ours, eager, truth
+    for token, group, keys in _rows(x, selection, sampled(t, 4)):
+        rows[0].append(dq[0, token, _heads(x, group)])
+        for place, dtype in ((1, x.q.dtype), (2, torch.float64)):
+            rows[place].append(_gradients(x, token, group, keys, dout, dtype)[0])
+    verdict = _compare("dq", *map(torch.cat, rows))
+    readers = range(max(0, own.start - (s - t)), t)
+    eager, truth = (_key_sums(x, selection, dout, own, readers, kind) for kind in (x.q.dtype, None))
+    for name, ours, *others in (("dk", dk, eager[0], truth[0]), ("dv", dv, eager[1], truth[1])):
+        verdict = verdict.also(_compare(name, ours[0, own.start : own.stop, 0], *others))
+    return verdict
+
+
+def _key_sums(
+    x: Inputs,
+    selection: Selection | None,
+    dout: Tensor,
+    own: range,
+    readers: range,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """dk and dv [2, own keys, d] of the first group: rows in `dtype` added up in fp32, as a product
+    of matrices would; without a dtype all of it in fp64.
+    """
+    sums = torch.zeros(2, len(own), x.k.shape[-1], dtype=torch.float32 if dtype else torch.float64)
+    for token, _, keys in _rows(x, selection, readers, groups=(0,)):
         here = (keys >= own.start) & (keys < own.stop)
         if here.any():
-            for place, dtype in enumerate((x.q.dtype, torch.float64)):
-                rows = _gradients(x, token, 0, keys, dout, dtype)[1:]
-                for which, row in enumerate(rows):
-                    sums[which, place, keys[here] - own.start] += row[here].double()
-    verdict = _compare("dq", *(torch.cat(part) for part in found["dq"]))
-    for name, ours, (eager, truth) in (("dk", dk, sums[0]), ("dv", dv, sums[1])):
-        ours = ours[0, own.start : own.stop, 0]
-        verdict = verdict.also(_compare(name, ours, eager.to(ours.dtype), truth))
-    return verdict
+            rows = _gradients(x, token, 0, keys, dout, dtype or torch.float64)[1:]
+            for total, row in zip(sums, rows):
+                total[keys[here] - own.start] += row[here].to(sums.dtype)
+    return sums.to(dtype) if dtype else sums
 
 
 def _rows(

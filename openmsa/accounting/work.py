@@ -45,7 +45,8 @@ def selected_pairs(
         position = torch.arange(num_keys - t, num_keys)
     else:
         of = torch.searchsorted(cu_seqlens_q[1:].contiguous(), torch.arange(t), right=True)
-        position = (cu_seqlens_k[1:] - cu_seqlens_q[1:])[of] + torch.arange(t)
+        before = cu_seqlens_k.diff() - cu_seqlens_q.diff() - cu_seqlens_q[:-1]
+        position = before[of] + torch.arange(t)
     total = 0
     # A piece of the tokens at a time: this runs beside measurements and should not need gigabytes.
     for start in range(0, t, 4096):
