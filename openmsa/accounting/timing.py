@@ -39,12 +39,12 @@ class Times:
 def timed(run: Callable[[], object], *, seconds: float, most: int = 50) -> Times:
     """Repeat `run` until `seconds` are over, at least once.
 
-    The first pass warms caches and allocators up and does not count, unless it takes more than a
-    quarter of the time: then warming is a small part of it, and another pass dear.
+    The first pass warms caches and allocators up and does not count, unless it takes all the time:
+    then warming is a small part of it, and another pass dear.
     """
     began = time.perf_counter()
     first = _once(run)
-    found = [first] if first > seconds / 4 else []
+    found = [first] if first > seconds else []
     while not found or (time.perf_counter() - began < seconds and len(found) < most):
         found.append(_once(run))
     return Times(tuple(found))

@@ -81,6 +81,7 @@ class _Bench:
         self.stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         self.began = time.monotonic()
         self.failed = False
+        self.run.warm_up()
 
     def table(self) -> bool:
         """Rows of docs/design.md; True if every checked result was right."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from openmsa.cli.bench_sweep import DECODE, DENSE, MSA, PREFILL, SDPA
 
-TITLES = {PREFILL: "Prefill: one more query token (µs)", DECODE: "Decoding: one step (ms)"}
+TITLES = {PREFILL: "Prefill: one more query token (ms)", DECODE: "Decoding: one step (ms)"}
 LINES = (SDPA, DENSE, MSA)
 
 
@@ -56,5 +56,5 @@ def _named(line: str, points, rows: Sequence[dict[str, str]], metric: str) -> st
     line = line.removeprefix("dense (").removesuffix(")") if line == SDPA else "dense"
     ours = dict(_points(rows, MSA, metric))
     at, value = points[-1]
-    factor = f", {value / ours[at]:.2g}x" if at in ours else ""
+    factor = f", {value / ours[at]:.2g}x MSA" if at in ours else ""
     return line + factor

@@ -114,6 +114,14 @@ class Run:
     def inputs(self, t: int, s: int, dtype: torch.dtype, data: str = "random") -> Inputs:
         return inputs.make(self.plan.shape, t, s, dtype, data)
 
+    def warm_up(self) -> None:
+        """Every operation once, on little: what a first call loads is no part of a measurement."""
+        for dtype in (torch.bfloat16, torch.float32):
+            x = self.inputs(2, 2, dtype)
+            for y in (x.q, x.k, x.v):
+                y.requires_grad_()
+            (self.msa(x).sum() + self.dense(x).sum()).backward()
+
     def matmul(self, dtype: torch.dtype) -> Callable[[], Times]:
         name = inputs.name_of(dtype)
         if name not in self._roofs:

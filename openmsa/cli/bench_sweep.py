@@ -36,10 +36,9 @@ class Point:
     def row(self, run: Run) -> Row:
         """As a row: the context is the first number of its shape."""
         shape = run.plan.shape.words(self.context, self.context, BF16)
-        unit, factor = ("us", 1e6) if self.metric == PREFILL else ("ms", 1e3)
-        values = tuple(factor * self.times.quantile(share) for share in (0.2, 0.5, 0.8))
+        values = tuple(1e3 * self.times.quantile(share) for share in (0.2, 0.5, 0.8))
         more = {"note": self.note, "repeats": len(self.times.seconds), "context": self.context}
-        return Row(self.line, shape, self.metric, unit, values, data="agreeing", **more)
+        return Row(self.line, shape, self.metric, "ms", values, data="agreeing", **more)
 
 
 def contexts(run: Run) -> list[int]:
