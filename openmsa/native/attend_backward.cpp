@@ -7,7 +7,10 @@
 //                dk = scale * dX^T q
 //
 // delta is sum P dP. It is summed over channels as the product that makes dP sums: over a single key, where
-// out is v, the difference is exactly 0.
+// out is v, the difference is exactly 0. In fp32 that is not as good as eager torch, whose weights sum to 1 and
+// whose dX to 0 in the last place. There the first pass also finds l = sum P, e = sum dX and sum P K, and
+//
+//     P -> P / l,  delta -> delta + e / l,  dq = scale / l * (dX K - e / l * P K)
 #include "exponential.h"
 #include "product.h"
 #include "work.h"
@@ -19,6 +22,7 @@ namespace {
 constexpr int64_t TILE = 128;       // keys at once
 constexpr int64_t PANEL = 128;      // rows (a token, a head) at once
 constexpr int64_t CHUNK = 2048;     // rows whose dq is summed in scratch
+constexpr int64_t CHAIN = 32;       // floats added one to the next before they join the others
 constexpr int64_t WAVE = 128 << 20; // bytes of lists and delta at once
 
 struct Tile {
@@ -40,15 +44,22 @@ struct Call {
   int64_t *tiles, *chunks, *blocks;   // numbers of them before each sequence
   int64_t kv, kvs, lists;             // this wave: first KV head, how many, how many lists of readers
   float* delta;                       // [b * t][heads of the wave]
+  float* share;                       // 1 / sum P, as delta; null: taken as 1
   int64_t* first;                     // [lists][blocks]
   int64_t* seen;
   int32_t* tokens;                    // [lists][b * t][slots]
 
+  bool exact() const { return x.q.kind == Kind::f32; }
   bool sparse() const { return x.blocks.data != nullptr; }
   Sequence at(int64_t i) const { return sequence(x.borders, i, t, s); }
   int64_t flat(const Sequence& q, int64_t token) const { return q.batch * t + q.q0 + token; }
   int64_t wave_heads() const { return kvs * groups.per_kv * groups.heads; }
   int64_t wave_head() const { return kv * groups.per_kv * groups.heads; }
+  int64_t in_wave(int64_t flat_token, int64_t head) const {
+    return flat_token * wave_heads() + head - wave_head();
+  }
+  int64_t key_tasks() const { return tiles[count] * kvs; }
+  int64_t query_tasks() const { return chunks[count] * kvs * groups.per_kv; }
   int64_t slots() const { return sparse() ? x.blocks.size[3] : 0; }
 
   int64_t tiles_in(int64_t keys) const {
@@ -80,7 +91,7 @@ inline Tokens who(int64_t from, int64_t to, const Sequence& q, const Tile& tile)
 template <class Unit>
 struct Rows {
   Unit *q, *dout;     // [panel][lead]
-  float *low, *delta; // -lse, in the units of exp_of
+  float *low, *delta, *share; // low: -lse, in the units of exp_of
   float* limit;       // how many of the tile's keys it sees
   int64_t* place;     // its number in the chunk
   int64_t n, most;    // rows; the largest limit
@@ -90,6 +101,7 @@ struct Rows {
         dout(take<Unit>(memory, call.panel * lead<Unit>(call.dv))),
         low(take<float>(memory, call.panel)),
         delta(take<float>(memory, call.panel)),
+        share(take<float>(memory, call.panel)),
         limit(take<float>(memory, call.panel)),
         place(take<int64_t>(memory, call.panel)) {}
 
@@ -107,7 +119,7 @@ struct Rows {
       one(call, x, token, group * heads + r, j);
       if (++r == heads) r = 0, ++i;
     }
-    for (int64_t j = n; j < padded(n); ++j) low[j] = delta[j] = limit[j] = 0.0f;
+    for (int64_t j = n; j < padded(n); ++j) low[j] = delta[j] = share[j] = limit[j] = 0.0f;
     return true;
   }
 
@@ -119,7 +131,8 @@ struct Rows {
     const int64_t flat = call.flat(x, token);
     const float lse = call.x.lse[flat * q_in.size[2] + head];
     low[j] = -lse * EXP_UNIT<Unit>;
-    delta[j] = call.delta[flat * call.wave_heads() + head - call.wave_head()];
+    delta[j] = call.delta[call.in_wave(flat, head)];
+    share[j] = call.share ? call.share[call.in_wave(flat, head)] : 1.0f;
     Unit *q_to = q + j * lead<Unit>(call.d), *dout_to = dout + j * lead<Unit>(call.dv);
     if (!spoilt(lse) && !spoilt(delta[j])) {
       pack_row(at(q_in, x.batch, x.q0 + token, head), q_in.kind, q_in.stride[3], call.d, q_to);
@@ -158,6 +171,7 @@ struct Weigh {
           y = mul(load(here), sub(x[i][j], of(rows.delta + query)));
         else
           y = exp_of<Unit>(fma(x[i][j], all(scale), of(rows.low + query)));
+        if constexpr (turned && !gradient && UnitOf<Unit>::width == 1) y = mul(y, load(rows.share + query));
         if constexpr (turned)
           y = where_le(all(float(row + i + 1)), load(rows.limit + query), y, zero());
         else
@@ -184,6 +198,14 @@ struct Add {
     }
   }
 };
+
+template <class Unit>
+__attribute__((noinline)) void accumulate(const Operands<Unit>& x, const Add& add) {
+  const int64_t chain = UnitOf<Unit>::width == 1 ? CHAIN : x.n;
+  for (int64_t u = 0; u < x.n; u += chain)
+    product<Unit>({x.a + u, x.a_step, x.rows, x.b + u * x.b_step, x.b_step, x.columns, smaller(chain, x.n - u)},
+                  FromZero{}, add);
+}
 
 // dk and dv of one tile of keys.
 template <class Unit>
@@ -217,14 +239,14 @@ struct KeyPass {
       const int64_t group = kv_head * call.groups.per_kv + n, list = group - call.kv * call.groups.per_kv;
       const Tokens tokens = call.sparse() ? who(call.readers(call.lists == 1 ? 0 : list, i), x, tile)
                                           : who(0, x.t, x, tile);
-      for (int64_t row = 0; rows.gather(call, x, group, tokens, row, tile, 0); row += call.panel) add(call);
+      for (int64_t row = 0; rows.gather(call, x, group, tokens, row, tile, 0); row += call.panel) add_panel(call);
     }
     write(call.x.dk, x, tile, kv_head, dk, call.d, call.x.scale);
     write(call.x.dv, x, tile, kv_head, dv, call.dv, 1.0f);
   }
 
  private:
-  void add(const Call& call) {
+  void add_panel(const Call& call) {
     const int64_t n = rows.n, keys = rows.most, columns = padded(n), step = call.panel;
     const int64_t d = units<Unit>(call.d), dv_units = units<Unit>(call.dv), count = units<Unit>(n);
     const int64_t p_step = step / UnitOf<Unit>::width;
@@ -234,13 +256,10 @@ struct KeyPass {
     const Unit* dout_b = pair_up(rows.dout, n, call.dv, dout_along);
     product<Unit>({k, lead<Unit>(call.d), keys, q_across, columns, columns, d}, FromZero{},
                   Weigh<Unit, true, false>{rows, call.x.scale * EXP_UNIT<Unit>, p, to, step});
-    sum({to, p_step, keys, dout_b, padded(call.dv), padded(call.dv), count}, dv);
+    accumulate<Unit>({to, p_step, keys, dout_b, padded(call.dv), padded(call.dv), count}, {dv, padded(call.dv), nullptr});
     product<Unit>({v, lead<Unit>(call.dv), keys, dout_across, columns, columns, dv_units}, FromZero{},
                   Weigh<Unit, true, true>{rows, 0.0f, p, to, step});
-    sum({to, p_step, keys, q_b, padded(call.d), padded(call.d), count}, dk);
-  }
-  static __attribute__((noinline)) void sum(const Operands<Unit>& x, float* c) {
-    product<Unit>(x, FromZero{}, Add{c, x.columns, nullptr});
+    accumulate<Unit>({to, p_step, keys, q_b, padded(call.d), padded(call.d), count}, {dk, padded(call.d), nullptr});
   }
   static void write(const View& to, const Sequence& x, const Tile& tile, int64_t head, float* from, int64_t d,
                     float scale) {
@@ -256,7 +275,8 @@ struct KeyPass {
 template <class Unit>
 struct QueryPass {
   Readers readers;
-  float* dq;  // [chunk * heads][padded d]
+  float *dq, *pk;     // [chunk * heads][padded d]; pk and the next two only where the call is exact
+  float *mass, *rest; // [chunk * heads], sum P and sum dX
   Unit *k, *v, *k_across, *v_across, *k_along;
   float* p;   // [panel][tile]
   Unit* to;
@@ -266,6 +286,9 @@ struct QueryPass {
       : readers{take<int64_t>(memory, blocks + 1), take<int32_t>(memory, call.chunk * call.slots()),
                 take<int64_t>(memory, blocks)},
         dq(take<float>(memory, call.chunk * call.groups.heads * padded(call.d))),
+        pk(take<float>(memory, call.exact() ? call.chunk * call.groups.heads * padded(call.d) : 0)),
+        mass(take<float>(memory, call.exact() ? call.chunk * call.groups.heads : 0)),
+        rest(take<float>(memory, call.exact() ? call.chunk * call.groups.heads : 0)),
         k(take<Unit>(memory, call.tile * lead<Unit>(call.d))),
         v(take<Unit>(memory, call.tile * lead<Unit>(call.dv))),
         k_across(take<Unit>(memory, call.tile * lead<Unit>(call.d))),
@@ -279,6 +302,11 @@ struct QueryPass {
     const int64_t heads = call.groups.heads, end = smaller(from + call.chunk, x.t);
     const int64_t keys = x.position(end - 1) + 1, step = padded(call.d);
     std::memset(dq, 0, size_t((end - from) * heads * step) * 4);
+    if (call.exact()) {
+      std::memset(pk, 0, size_t((end - from) * heads * step) * 4);
+      std::memset(mass, 0, size_t((end - from) * heads) * 4);
+      std::memset(rest, 0, size_t((end - from) * heads) * 4);
+    }
     if (call.sparse())
       find_readers(call.x.blocks, group, x, from, end, call.block_size, call.blocks_in(keys), readers);
     for (int64_t i = 0; i < call.tiles_in(keys); ++i) {
@@ -287,12 +315,13 @@ struct QueryPass {
       if (!tokens.count) continue;
       pack(call, x, call.groups.kv_head(group), tile);
       for (int64_t row = 0; rows.gather(call, x, group, tokens, row, tile, from); row += call.panel)
-        add(call, padded(tile.width));
+        add_panel(call, padded(tile.width));
     }
     const View& out = call.x.dq;
     for (int64_t i = 0; i < (end - from) * heads; ++i) {
       float* row = dq + i * step;
-      for (int64_t c = 0; c < step; c += W) store(row + c, mul(load(row + c), all(call.x.scale)));
+      const float scale = call.exact() ? centre(call, call.in_wave(call.flat(x, from + i / heads), group * heads + i % heads), i) : call.x.scale;
+      for (int64_t c = 0; c < step; c += W) store(row + c, mul(load(row + c), all(scale)));
       narrow(row, at(out, x.batch, x.q0 + from + i / heads, group * heads + i % heads), out.kind, out.stride[3],
              call.d);
     }
@@ -312,14 +341,38 @@ struct QueryPass {
     turn(v, n, v_lead, units<Unit>(call.dv), v_across);
     k_b = pair_up(k, n, call.d, k_along);
   }
-  void add(const Call& call, int64_t b_step) {
+  // Makes the weights of row i sum to 1 and its dX to 0; returns what is left to multiply with.
+  float centre(const Call& call, int64_t number, int64_t i) {
+    call.share[number] = 1.0f;
+    if (mass[i] == 0.0f) return call.x.scale;
+    const int64_t step = padded(call.d);
+    const float share = 1.0f / mass[i], off = rest[i] * share;
+    call.share[number] = share;
+    call.delta[number] += off;
+    for (float *to = dq + i * step, *from = pk + i * step, *end = to + step; to < end; to += W, from += W)
+      store(to, fma(all(-off), load(from), load(to)));
+    return call.x.scale * share;
+  }
+  void count(const Call& call, int64_t columns, float* to) {
+    for (int64_t i = 0; i < rows.n; ++i) {
+      V sum = zero();
+      for (int64_t c = 0; c < columns; c += W) sum = add(sum, load(p + i * call.tile + c));
+      to[rows.place[i]] += sum_of(sum);
+    }
+  }
+  void add_panel(const Call& call, int64_t b_step) {
     const int64_t keys = rows.most, columns = padded(keys), step = call.tile;
+    const Operands<Unit> right{to, step / UnitOf<Unit>::width, rows.n, k_b, padded(call.d), padded(call.d), units<Unit>(keys)};
     product<Unit>({rows.q, lead<Unit>(call.d), rows.n, k_across, b_step, columns, units<Unit>(call.d)}, FromZero{},
                   Weigh<Unit, false, false>{rows, call.x.scale * EXP_UNIT<Unit>, p, to, step});
+    if (call.exact()) {
+      count(call, columns, mass);
+      accumulate(right, Add{pk, padded(call.d), rows.place});
+    }
     product<Unit>({rows.dout, lead<Unit>(call.dv), rows.n, v_across, b_step, columns, units<Unit>(call.dv)},
                   FromZero{}, Weigh<Unit, false, true>{rows, 0.0f, p, to, step});
-    product<Unit>({to, step / UnitOf<Unit>::width, rows.n, k_b, padded(call.d), padded(call.d), units<Unit>(keys)},
-                  FromZero{}, Add{dq, padded(call.d), rows.place});
+    if (call.exact()) count(call, columns, rest);
+    accumulate(right, Add{dq, padded(call.d), rows.place});
   }
   const Unit* k_b;
 };
@@ -368,6 +421,7 @@ template <class Unit>
 struct Run {
   const Call& call;
   const Scratch& scratch;
+  int64_t first_task;
 
   static void prepare(void* context, int64_t task, int worker) {
     const Run& run = *static_cast<const Run*>(context);
@@ -387,7 +441,8 @@ struct Run {
     const Run& run = *static_cast<const Run*>(context);
     const Call& call = run.call;
     char* memory = run.scratch.of(worker);
-    const int64_t by_keys = call.tiles[call.count] * call.kvs, groups = call.kvs * call.groups.per_kv;
+    const int64_t by_keys = call.key_tasks(), groups = call.kvs * call.groups.per_kv;
+    task += run.first_task;
     if (task < by_keys) {
       const int64_t i = find(call.tiles, call.count, task / call.kvs);
       const Sequence x = call.at(i);
@@ -407,7 +462,7 @@ struct Run {
 Call plan(const AttendBackwardArguments& x, int64_t* before, int threads) {
   Call call{x, Groups(x.blocks, x.q.size[2], x.k.size[2]), x.q.size[1], x.k.size[1], x.q.size[3], x.v.size[3],
             x.blocks.data ? x.block_size : TILE, 0, 0, 0, 0, sequences(x.borders, x.q.size[0]),
-            before, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, nullptr};
+            before, nullptr, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
   const int64_t heads = larger(call.groups.heads, 1), tokens = x.q.size[0] * call.t;
   call.per_block = (call.block_size + TILE - 1) / TILE;
   call.tile = padded(smaller(TILE, smaller(call.block_size, call.s)));
@@ -449,10 +504,11 @@ bool run(const AttendBackwardArguments& x) {
   const int64_t blocks = call.blocks[call.count] + call.count, slots = tokens * call.slots();
   const int64_t list = call.sparse() ? blocks * 16 + slots * 4 : 0;
   const bool shared = x.blocks.size[1] == 1;
-  const int64_t each = per_kv * (tokens * call.groups.heads * 4 + (shared ? 0 : list)) + 1;
+  const int64_t numbers = tokens * call.groups.heads * (call.exact() ? 8 : 4);
+  const int64_t each = per_kv * (numbers + (shared ? 0 : list)) + 1;
   const int64_t most = larger(1, smaller(g, WAVE / each));
   const int64_t lists = !call.sparse() ? 0 : shared ? 1 : most * per_kv;
-  const Scratch wave(1, (most * per_kv * call.groups.heads * tokens + lists * slots) * 4 + lists * blocks * 16 + 256);
+  const Scratch wave(1, most * per_kv * numbers + lists * (slots * 4 + blocks * 16) + 512);
   const int threads = int(smaller(larger(x.threads, 1), (call.tiles[call.count] + call.chunks[call.count] * per_kv) * g));
   const Scratch scratch(int(larger(threads, 1)), scratch_bytes<Unit>(call));
   if (!wave.memory || !scratch.memory) return false;
@@ -461,14 +517,21 @@ bool run(const AttendBackwardArguments& x) {
     call.kvs = smaller(most, g - call.kv);
     call.lists = lists > 1 ? call.kvs * per_kv : lists;
     call.delta = take<float>(memory, call.wave_heads() * tokens);
+    call.share = call.exact() ? take<float>(memory, call.wave_heads() * tokens) : nullptr;
     call.first = take<int64_t>(memory, call.lists * blocks);
     call.seen = take<int64_t>(memory, call.lists * blocks);
     call.tokens = take<int32_t>(memory, call.lists * slots);
-    Run<Unit> all{call, scratch};
+    Run<Unit> all{call, scratch, 0};
     const int64_t rows = call.wave_heads() * tokens;
     run_tasks(threads, call.lists * call.count + (rows + DELTA_ROWS - 1) / DELTA_ROWS, Run<Unit>::prepare, &all);
-    run_tasks(threads, (call.tiles[call.count] + call.chunks[call.count] * per_kv) * call.kvs,
-              Run<Unit>::differentiate, &all);
+    if (call.exact()) {  // what the queries find, the keys need
+      all.first_task = call.key_tasks();
+      run_tasks(threads, call.query_tasks(), Run<Unit>::differentiate, &all);
+      all.first_task = 0;
+      run_tasks(threads, call.key_tasks(), Run<Unit>::differentiate, &all);
+    } else {
+      run_tasks(threads, call.key_tasks() + call.query_tasks(), Run<Unit>::differentiate, &all);
+    }
   }
   return true;
 }
