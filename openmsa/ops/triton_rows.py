@@ -1,0 +1,175 @@
+"""What the kernels of attention and of the index loss share: their shape, and rows, keys, edges.
+
+Rows are query tokens times heads of a tile; keys are read `BN` at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openmsa.ops.triton_tiles import Members, Rows, padded
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for. Capitals: padded to what a tile holds."""
+
+    rows: Rows
+    heads: int  # query heads, h
+    groups: int  # groups of the selection, or of the keys if these are more
+    kv_heads: int
+    d: int
+    dv: int
+    D: int
+    DV: int
+    block: int  # keys of a block
+    BN: int  # keys at once
+    whole: bool  # the whole prefix instead of members
+    precision: str  # how tl.dot multiplies fp32
+
+
+@triton.jit
+def locate(t, S: tl.constexpr):
+    """Split, batch, group, part and tile of a program; tiles run fastest, they share keys."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(t, S.rows.tokens)
+    tile, program = program % tiles, program // tiles
+    part, program = program % S.rows.parts, program // S.rows.parts
+    group, program = program % S.groups, program // S.groups
+    return tile, part, group, program
+
+
+@triton.jit
+def rows_of(tile, part, group, t, S: tl.constexpr):
+    """Of every row: slot, token, head, and whether it is one."""
+    row = tl.arange(0, S.rows.tokens * S.rows.heads)
+    slot = row // S.rows.heads
+    token = tile * S.rows.tokens + slot
+    head = part * S.rows.heads + row % S.rows.heads
+    there = (token < t) & (head < S.rows.r)
+    return slot, token, group * S.rows.r + head, there
+
+
+@triton.jit
+def load_rows(x, strides, batch, token, head, there, d: tl.constexpr, D: tl.constexpr):
+    """x [b, t, h, d] -> [rows, D]"""
+    column = tl.arange(0, D)
+    offset = batch * strides[0] + token * strides[1] + head * strides[2]
+    return tl.load(
+        x + offset[:, None] + column[None, :],
+        mask=there[:, None] & (column < d)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_keys(x, stride, key, inside, d: tl.constexpr, D: tl.constexpr):
+    """Keys or values of one head, from x on -> [N, D]; the stride fits offsets of 32 bits."""
+    column = tl.arange(0, D)
+    return tl.load(
+        x + (key[:, None] * stride + column[None, :]),
+        mask=inside[:, None] & (column < d)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def step_of(i, members, reads, lo, N: tl.constexpr, S: tl.constexpr):
+    """Step i of a tile: its first key token, the offset in its block and the slots that see it."""
+    if S.whole:
+        return lo + i.to(tl.int64) * N, 0, -1
+    else:
+        chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN * (S.BN // N)
+        first = tl.load(members.first + reads + i // chunks)
+        bits = tl.load(members.bits + reads + i // chunks)
+        return first, i % chunks * N, bits
+
+
+@triton.jit
+def edges(first, bits, slot, start, position, S: tl.constexpr):
+    """The keys that a row sees, counted from `first`: above the floor, up to the edge."""
+    size: tl.constexpr = S.BN if S.whole else S.block
+    edge = tl.minimum(tl.maximum(position - first, -1), size - 1).to(tl.int32)
+    edge = tl.where(((bits >> slot) & 1) != 0, edge, -1)
+    floor = tl.minimum(tl.maximum(start - first, 0), size).to(tl.int32)
+    return floor, edge
+
+
+@triton.jit
+def seen(key, floor, edge, S: tl.constexpr):
+    """[rows, N]; a member begins inside the row's sequence, so only `whole` has a floor."""
+    visible = key[None, :] <= edge[:, None]
+    if S.whole:
+        visible = visible & (key[None, :] >= floor[:, None])
+    return visible
+
+
+@triton.jit
+def not_finite(x):
+    """Which rows of [n, d] hold something that is not finite, as 0 or NaN [n]."""
+    x = x.to(tl.float32)
+    return tl.sum(tl.where(x - x == 0, 0.0, float("nan")), 1)
+
+
+class Strides(NamedTuple):
+    """Of batch, token and head; channels lie side by side."""
+
+    q: tuple[int, int, int]
+    k: tuple[int, int, int]
+    v: tuple[int, int, int]
+    dout: tuple[int, int, int] = (0, 0, 0)
+
+
+class Reads(NamedTuple):
+    """Members as a kernel takes them."""
+
+    first: Tensor
+    bits: Tensor
+    count: Tensor
+    size: int  # places of a tile
+
+
+def reads_of(members: Members | None, like: Tensor) -> Reads:
+    if members is None:
+        return Reads(like, like, like, 0)
+    return Reads(*members, members.first.shape[-1])
+
+
+def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Channels side by side, and tokens so near that a block's offsets fit 32 bits."""
+    return tuple(
+        x if x.stride(-1) == 1 and x.stride(1) < 1 << 22 else x.contiguous() for x in tensors
+    )
+
+
+def shape_of(
+    q: Tensor,
+    k: Tensor,
+    dv: int,
+    rows: Rows,
+    groups: int,
+    block: int | None,
+    keys: int,
+    precision: str,
+) -> Shape:
+    """block None: the whole prefix. keys: how many at once, at most. precision: of fp32."""
+    d = q.shape[3]
+    at_once = keys if block is None else min(keys, padded(block))
+    return Shape(
+        rows=rows,
+        heads=q.shape[2],
+        groups=groups,
+        kv_heads=k.shape[2],
+        d=d,
+        dv=dv,
+        D=padded(d),
+        DV=padded(dv),
+        block=at_once if block is None else block,
+        BN=at_once,
+        whole=block is None,
+        precision=precision if q.dtype == torch.float32 else "ieee",
+    )
