@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t PANEL = WIDE * W > PAD ? WIDE * W : PAD;  // columns that are turned and multiplied together
 constexpr int64_t PIECE = 128;                              // keys multiplied at once, about
 constexpr int64_t COLUMNS = 256;                            // of a task, at most
-constexpr int64_t FEW = 8;                                  // rows for which keys are only streamed past
+constexpr int64_t FEW = 8;                                  // rows past which keys are streamed as they lie
 constexpr int64_t BEST_BYTES = 4 << 20;                     // of a task's maxima, if 16 columns fit
 constexpr int64_t CALL_BYTES = 160 << 20;                   // of a call's
 
@@ -171,47 +171,67 @@ inline void score_many(const Job<Unit>& job, const Chunk& c, int64_t from, int64
   }
 }
 
-// W keys with one row: lane i is the row's score with key i, of which there are n.
+// K keys with R rows: lane i * R + r is the score of key i with row r. Of fewer keys the last stands for the rest.
+constexpr int R = 4, K = W / R;
 template <class Unit>
-inline V score_keys(const Unit* row, const Unit* keys, int64_t step, int64_t n, int64_t unit_count) {
+OPENMSA_INLINE V score_tile(const Unit* rows, int64_t lead, const Unit* keys, int64_t step, int64_t n) {
   V sums[W];
   for (int i = 0; i < W; ++i) sums[i] = zero();
-  if (n >= W) {
-    for (int64_t u = 0; u < unit_count; u += W) {
-      const auto left = lanes(row + u);
-      for (int i = 0; i < W; ++i) sums[i] = dot(sums[i], left, lanes(keys + i * step + u));
+  const Unit* key[K];
+  for (int i = 0; i < K; ++i) key[i] = keys + smaller(i, n - 1) * step;
+  const Unit* ahead = step == lead ? keys + K * step : keys;  // the next keys, in the order of their addresses
+  for (int64_t u = 0; u < lead; u += W) {
+    decltype(lanes(rows)) left[R];
+    for (int r = 0; r < R; ++r) left[r] = lanes(rows + r * lead + u);
+    for (int i = 0; i < K; ++i) {
+      __builtin_prefetch(ahead + u * K + i * W);
+      const auto right = lanes(key[i] + u);
+      for (int r = 0; r < R; ++r) sums[i * R + r] = dot(sums[i * R + r], left[r], right);
     }
-  } else {
-    for (int i = 0; i < n; ++i)
-      for (int64_t u = 0; u < unit_count; u += W) sums[i] = dot(sums[i], lanes(row + u), lanes(keys + i * step + u));
   }
   return sums_of(sums);
 }
 
-// The same for few rows: each key is read once, as it lies.
+// The last of n keys that each row sees, for the lanes of its group; n - 1 for rows that are not there.
+template <class Unit>
+inline void limit_lanes(const Job<Unit>& job, const Chunk& c, int64_t key, int64_t n, float* limit) {
+  for (int64_t i = 0; i < FEW * K; ++i) {
+    const int64_t row = i / W * R + i % R;
+    limit[i] = float(row < c.count ? smaller(position(job, c, c.first + row) - key, n - 1) : n - 1);
+  }
+}
+
+// Maxima of the same blocks for few rows: each key is read once, as it lies.
 template <class Unit>
 inline void score_few(const Job<Unit>& job, const Chunk& c, int64_t from, int64_t to, float* best, char* memory) {
   const int64_t block_size = job.a->block_size, last = position(job, c, c.first + c.count - 1);
+  const int64_t groups = (c.count + R - 1) / R;
   Unit* room = take<Unit>(memory, job.take * job.lead);
   Unit* queries = take<Unit>(memory, FEW * job.lead);
-  int64_t seen[FEW];
-  for (int64_t r = 0; r < c.count; ++r) seen[r] = position(job, c, c.first + r) + 1;
+  std::memset(static_cast<void*>(queries), 0, size_t(FEW * job.lead) * 4);
   pack_queries(job, c, c.first, c.count, queries);
+  alignas(64) float number[W], limit[FEW * K], most[FEW * K];
+  for (int64_t i = 0; i < W; ++i) number[i] = float(i / R);
   for (int64_t j = from; j < to; ++j) {
-    V most[FEW];
-    for (int64_t r = 0; r < c.count; ++r) most[r] = all(-INF);
+    for (int64_t i = 0; i < FEW * K; i += W) store(most + i, all(-INF));
     const int64_t end = smaller((j + 1) * block_size, last + 1);
-    for (int64_t piece = j * block_size, n; piece < end; piece += n) {
-      n = smaller(job.take, end - piece);
+    for (int64_t key = j * block_size, n; key < end; key += n) {
+      n = smaller(job.take, end - key);
+      limit_lanes(job, c, key, n, limit);
       int64_t step;
-      const Unit* rows = keys(job, c, piece, n, room, &step);
-      for (int64_t i = 0; i < n; i += W)
-        for (int64_t r = 0; r < c.count; ++r) {
-          const V score = score_keys(queries + r * job.lead, rows + i * step, step, n - i, job.lead);
-          most[r] = max(first(score, smaller(n - i, seen[r] - piece - i), all(-INF)), most[r]);
+      const Unit* rows = keys(job, c, key, n, room, &step);
+      for (int64_t i = 0; i < n; i += K)
+        for (int64_t group = 0; group < groups; ++group) {
+          const V score = score_tile(queries + group * R * job.lead, job.lead, rows + i * step, step, n - i);
+          const V seen = where_le(add(all(float(i)), load(number)), load(limit + group * W), score, all(-INF));
+          store(most + group * W, max(seen, load(most + group * W)));
         }
     }
-    for (int64_t r = 0; r < c.count; ++r) best[j * job.cut.columns + r] = max_of(most[r]);
+    for (int64_t row = 0; row < c.count; ++row) {
+      float* to = best + j * job.cut.columns + row;
+      *to = -INF;
+      for (int64_t i = row / R * W + row % R; i < (row / R + 1) * W; i += R) *to = most[i] > *to ? most[i] : *to;
+    }
   }
 }
 
