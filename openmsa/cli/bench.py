@@ -141,7 +141,7 @@ class _Bench:
             shown.append(row)
         _print(TABLE_COLUMNS, map(_cells, shown))
         for row in shown:
-            told = [row.note, row.verdict.words if row.verdict else ""]
+            told = [_spread(row), row.note, row.verdict.words if row.verdict else ""]
             print(f"{row.what} ({row.data}): {'; '.join(filter(None, told))}")
         return right
 
@@ -224,6 +224,14 @@ def _value(row) -> str:
     return f"{row.ours[1]:.4g} {row.unit}" if row.ours[1] == row.ours[1] else "never"
 
 
+def _spread(row) -> str:
+    """From the 20th to the 80th percentile of the repeats."""
+    if row.repeats < 2:
+        return "measured once" if row.repeats else ""
+    low, _, high = row.ours
+    return f"{row.repeats} repeats, {low:.4g} to {high:.4g} {row.unit}"
+
+
 def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table as wide as it needs: folded to a narrow terminal, rows of numbers cannot be read."""
     rows = [tuple(columns), *map(tuple, rows)]
@@ -253,13 +261,18 @@ def _sweep_table(points) -> None:
     values = {(p.metric, p.line, p.context): p for p in points}
     lengths = sorted({p.context for p in points})
     rows = [
-        [metric, line, *(_milliseconds(values[metric, line, s]) for s in lengths)]
+        [metric, line, *(_duration(values.get((metric, line, s))) for s in lengths)]
         for metric, line in sorted(lines)
     ]
-    columns = ("ms (~: extrapolated)", "line", *map(tokens_text, lengths))
-    _print(columns, rows)
+    _print(("~: extrapolated", "line", *map(tokens_text, lengths)), rows)
 
 
-def _milliseconds(point) -> str:
+def _duration(point) -> str:
+    """0.12 ms, 3.4 s, 2.1 h; nothing for what was not measured."""
+    if point is None:
+        return ""
+    seconds = point.times.median
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
+    size, name = next((u for u in units if seconds >= u[0]), units[-1])
     about = "~" if point.note == "extrapolated" else ""
-    return f"{about}{1e3 * point.times.median:.3g}"
+    return f"{about}{seconds / size:.3g} {name}"

@@ -3,7 +3,8 @@
 Prefill is timed on the last chunk of queries before the context's end, which is what one more
 token costs there. Dense attention is measured on a part of its heads and query tokens where all of
 them would take minutes, and scaled: its work is the same for each. A whole prefill is timed where
-it takes seconds and otherwise extrapolated, by adding up what the tokens of each stretch cost.
+it takes seconds and otherwise extrapolated, by adding up what the tokens of each stretch cost; a
+sweep that starts beyond one chunk has nothing to add to and leaves it out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from openmsa.cli.bench_plan import Row, Run, tokens_text
 
 BF16 = torch.bfloat16
 MSA, DENSE, SDPA = "MSA", "dense (OpenMSA)", "dense (torch SDPA)"
+EXTRAPOLATED = "extrapolated"
 PREFILL, WHOLE, DECODE = "prefill, a query token", "whole prefill", "decode, one step"
 
 
@@ -65,9 +67,10 @@ def sweep(run: Run) -> Iterator[Point]:
         x = longest.last(min(t, s), s)
         for point in _prefill(run, x):
             yield point
-            whole[point.line] = _whole(run, point, before.get(point.line), whole.get(point.line))
-            before[point.line] = point
-            yield whole[point.line]
+            if s <= run.plan.chunk or point.line in whole:
+                all_of_it = _whole(run, point, before.get(point.line), whole.get(point.line))
+                whole[point.line], before[point.line] = all_of_it, point
+                yield all_of_it
         yield from _decode(run, longest.last(1, s))
 
 
@@ -141,18 +144,15 @@ def _part(run: Run, x: Inputs, groups: bool = True) -> tuple[Inputs, float, str]
 def _whole(run: Run, point: Point, before: Point | None, shorter: Point | None) -> Point:
     """A whole prefill: timed, or half the context's and what the other half's tokens cost."""
     s, per_token = point.context, point.times.median
-    if before is None or shorter is None:
-        total = Times((per_token * s,))
-        note = "" if s <= run.plan.chunk else "extrapolated"
-    else:
-        middle = (before.times.median + per_token) / 2
-        total = Times((shorter.times.median + middle * (s - before.context),))
-        note = "extrapolated"
-    if note and point.line != SDPA and total.median <= run.plan.whole_seconds:
+    if before is None or shorter is None or s <= run.plan.chunk:
+        return Point(point.line, WHOLE, s, point.times.scaled(s), point.note)
+    middle = (before.times.median + per_token) / 2
+    total = Times((shorter.times.median + middle * (s - before.context),))
+    if point.line != SDPA and total.median <= run.plan.whole_seconds:
         x = run.inputs(s, s, BF16, "agreeing")
         call = run.msa if point.line == MSA else run.dense
         return Point(point.line, WHOLE, s, timed(lambda: call(x), seconds=run.plan.seconds / 2))
-    return Point(point.line, WHOLE, s, total, note or point.note)
+    return Point(point.line, WHOLE, s, total, EXTRAPOLATED)
 
 
 def _decode(run: Run, x: Inputs) -> Iterator[Point]:

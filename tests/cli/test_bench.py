@@ -185,3 +185,21 @@ def test_dense_attention_is_cut_by_groups_and_tokens_where_it_would_take_minutes
     part, factor, note = bench_sweep._part(small, x)
     assert part.q.shape == (1, 64, 4, 16) and part.k.shape[2] == 1 and factor == 2
     assert "64 query tokens, 1 of 2 groups, scaled" in note
+
+
+def test_a_sweep_that_starts_beyond_a_chunk_names_no_whole_prefill(tmp_path):
+    command = [*QUICKLY, "--suite", "sweep", "--context", "128,256", "--out", str(tmp_path)]
+    assert main(command) == 0
+    rows = read(tmp_path / "cpu_sweep.csv")
+    assert {row["metric"] for row in rows} == {PREFILL, DECODE}
+
+
+def test_a_whole_prefill_is_added_up_where_it_takes_too_long():
+    run = Run(QUICK, "portable", "")
+    # A query token costs 1 ms at 64 and 3 ms at 128: half the context and 64 tokens of 2 ms.
+    before, after = line(DENSE, PREFILL, {64: 0.001, 128: 0.003})
+    shorter = bench_sweep._whole(run, before, None, None)
+    assert shorter.times.median == pytest.approx(0.064) and not shorter.note
+    longer = bench_sweep._whole(run, after, before, shorter)
+    assert longer.times.median == pytest.approx(0.064 + 0.128)
+    assert longer.note == bench_sweep.EXTRAPOLATED
