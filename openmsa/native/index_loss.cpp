@@ -122,7 +122,8 @@ struct Keys {
   }
 };
 
-// Adds the exponentials of a product's rows to a sum per token, r rows after another.
+// Adds the exponentials of a product's rows to a sum per token, r rows after another. As exact as `Unit`, that
+// of the student, asks for.
 template <class Unit>
 struct AddPowers {
   float* sums;
@@ -152,45 +153,54 @@ struct StoreScaled {
   }
 };
 
-// Rows of sums that lie scattered: the row of a token of a chunk.
-struct FromTokens {
-  const float* c;
-  int64_t step, from;
-  const int32_t* tokens;
+// Adds a product to sums that it does not start from: short runs round less than one long one.
+struct AddTo {
+  float* c;
+  int64_t step;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&x)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < N; ++j) x[i][j] = load(c + (tokens[row + i] - from) * step + column + j * W);
+      for (int j = 0; j < N; ++j) {
+        float* to = c + (row + i) * step + column + j * W;
+        store(to, add(load(to), x[i][j]));
+      }
   }
 };
-struct ToTokens {
+// The same where the rows of the sums are those of tokens.
+struct AddToTokens {
   float* c;
   int64_t step, from;
   const int32_t* tokens;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&x)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < N; ++j) store(c + (tokens[row + i] - from) * step + column + j * W, x[i][j]);
+      for (int j = 0; j < N; ++j) {
+        float* to = c + (tokens[row + i] - from) * step + column + j * W;
+        store(to, add(load(to), x[i][j]));
+      }
   }
 };
 
-// A logarithm of a sum of exponentials, as far as it has come.
+// A sum of exponentials as far as it has come, lane by lane: total * e^top.
 struct Sum {
-  float top, total;
-  void include(const float* x, int64_t n) {
-    V most = all(-INF);
-    for (int64_t i = 0; i < n; i += W)
-      most = max(first(load(x + i), n - i, all(-INF)), most);
-    const float now = max_of(max(most, all(top)));
-    float before[W];
-    store(before, exp_exact(sub(all(top), all(now))));
-    V sum = zero();
-    for (int64_t i = 0; i < n; i += W)
-      sum = add(sum, first(exp_exact(sub(load(x + i), all(now))), n - i, zero()));
-    total = total * before[0] + sum_of(sum);
-    top = now;
+  float top[W], total[W];
+  void clear() {
+    store(top, all(-3e38f));  // finite: less itself is 0
+    store(total, zero());
   }
-  float logarithm() const { return top + __builtin_logf(total); }
+  void include(const float* x, int64_t n) {
+    const V before = load(top);
+    V now = before, sum = zero();
+    for (int64_t i = 0; i < n; i += W) now = max(first(load(x + i), n - i, all(-INF)), now);
+    for (int64_t i = 0; i < n; i += W)
+      sum = add(sum, exp_exact(sub(first(load(x + i), n - i, all(-INF)), now)));
+    store(total, fma(load(total), exp_exact(sub(before, now)), sum));
+    store(top, now);
+  }
+  float logarithm() const {
+    const float most = max_of(load(top));
+    return most + __builtin_logf(sum_of(mul(load(total), exp_exact(sub(load(top), all(most))))));
+  }
 };
 
 template <class Main, class Side>
@@ -287,15 +297,15 @@ struct Worker {
   // The logarithms of the sums of exponentials: lse_index, and lse where none came with the call.
   void normalise(const Piece& piece) {
     const int64_t n = piece.to - piece.from;
-    for (int64_t i = 0; i < n; ++i) sums_index[i] = {-INF, 0.0f};
-    for (int64_t i = 0; i < (x.lse ? 0 : n * p.r); ++i) sums[i] = {-INF, 0.0f};
+    for (int64_t i = 0; i < n; ++i) sums_index[i].clear();
+    for (int64_t i = 0; i < (x.lse ? 0 : n * p.r); ++i) sums[i].clear();
     over_tiles(piece, [&](const Tile& tile, Side*) { add_up(piece, tile); });
     for (int64_t i = 0; i < n; ++i) {
       lse_index[i] = sums_index[i].logarithm();
       const int64_t token = piece.x.batch * p.t + piece.x.q0 + piece.from + i;
       const float* given = x.lse + (token * p.g + piece.group) * p.r;
       for (int64_t head = 0; head < p.r; ++head)
-        lse[i * p.r + head] = EXP_UNIT<Main> * (x.lse ? given[head] : sums[i * p.r + head].logarithm());
+        lse[i * p.r + head] = EXP_UNIT<Side> * (x.lse ? given[head] : sums[i * p.r + head].logarithm());
     }
   }
   void add_up(const Piece& piece, const Tile& tile) {
@@ -329,24 +339,26 @@ struct Worker {
       if (spoilt) poison_rows(y, n, columns);
       pack_main(piece, tokens, n);
       for (int64_t i = 0; i < n; ++i)
-        std::memcpy(shift + i * p.r, lse + (tokens[i] - piece.from) * p.r, size_t(p.r) * 4);
+        for (int64_t head = 0; head < p.r; ++head) shift[i * p.r + head] = lse[(tokens[i] - piece.from) * p.r + head];
       std::memset(t, 0, size_t(n * p.width) * 4);
-      const AddPowers<Main> powers{t, place, shift, x.scale * EXP_UNIT<Main>};
+      const AddPowers<Side> powers{t, place, shift, x.scale * EXP_UNIT<Side>};
       product(keys.against(q, n * p.r, tile, columns), FromZero{}, powers);
       Side* made = rows + from * p.dy_step;
+      V kl = zero();
       for (int64_t i = 0; i < n; ++i) {
-        piece.loss += double(diverge(piece, i, tokens[i], visible(piece, tile, tokens[i])));
+        kl = add(kl, diverge(piece, i, tokens[i], visible(piece, tile, tokens[i])));
         if (p.wanted) round_row(dy, p.width, made + i * p.dy_step);
       }
+      piece.loss += double(sum_of(kl));
       if (!p.wanted) return;
       const int64_t step = padded(p.di), contracted = units<Side>(smaller(columns, tile.keys));
       product(Operands<Side>{made, p.dy_step, n, turned, step, step, contracted},
-              FromTokens{dq, step, piece.from, tokens}, ToTokens{dq, step, piece.from, tokens});
+              FromZero{}, AddToTokens{dq, step, piece.from, tokens});
     });
   }
 
   // w KL of row i of t and y; its dY.
-  float diverge(const Piece& piece, int64_t i, int64_t token, int64_t n) {
+  V diverge(const Piece& piece, int64_t i, int64_t token, int64_t n) {
     const float weight = x.weights ? x.weights[piece.x.batch * p.t + piece.x.q0 + token] : 1.0f;
     const V share = all(1.0f / float(p.r)), slope = all(weight * x.index_scale);
     const V off = all(lse_index[token - piece.from]), tiny = all(1.17549435e-38f);
@@ -361,7 +373,7 @@ struct Worker {
       store(dy + j, first(mul(excess, slope), n - j, zero()));
     }
     for (; j < p.width; j += W) store(dy + j, zero());
-    return weight * sum_of(kl);
+    return mul(kl, all(weight));
   }
 };
 
@@ -416,8 +428,8 @@ struct Collector {
     const Side* left = pair_up(dy, count, p.width, dy_pairs);
     const Side* right = pair_up(q, count, p.di, q_pairs);
     turn(const_cast<Side*>(left), n, p.width, p.width, across);
-    product(Operands<Side>{across, padded(n), keys, right, columns, columns, n}, FromThere{sums, columns},
-            Store{sums, columns});
+    product(Operands<Side>{across, padded(n), keys, right, columns, columns, n}, FromZero{},
+            AddTo{sums, columns});
     count = 0;
   }
 };

@@ -27,8 +27,7 @@ OPENMSA_INLINE int64_t lead(int64_t channels) {
 inline void widen(const void* from, Kind kind, int64_t stride, int64_t d, float* to, int64_t end) {
   int64_t i = 0;
   if (stride == 1 && kind == Kind::f32) {
-    std::memcpy(to, from, size_t(d) * 4);
-    i = d;
+    for (; i + W <= d; i += W) store(to + i, load(static_cast<const float*>(from) + i));
   } else if (stride == 1) {
     const uint16_t* x = static_cast<const uint16_t*>(from);
     for (; i + W <= d; i += W) store(to + i, kind == Kind::bf16 ? load_bf16(x + i) : load_f16(x + i));
@@ -57,8 +56,12 @@ inline void pack_row(const void* from, Kind kind, int64_t stride, int64_t d, flo
 inline void pack_row(const void* from, Kind kind, int64_t stride, int64_t d, Pair* to) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(to);
   int64_t end = lead<Pair>(d) * 2;
-  if (kind == Kind::bf16 && stride == 1) {
-    std::memcpy(halves, from, size_t(d) * 2);
+  if (kind == Kind::bf16 && stride == 1) {  // short rows: a call of memcpy would take longer than the copy
+    const uint16_t* x = static_cast<const uint16_t*>(from);
+    int64_t i = 0;
+    for (; i + 2 * W <= d; i += 2 * W)
+      store(reinterpret_cast<float*>(halves + i), load(reinterpret_cast<const float*>(x + i)));
+    for (; i < d; ++i) halves[i] = x[i];
   } else if (kind == Kind::bf16) {
     for (int64_t i = 0; i < d; ++i) halves[i] = static_cast<const uint16_t*>(from)[i * stride];
   } else {
