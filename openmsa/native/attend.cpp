@@ -140,6 +140,28 @@ struct Visits {
   }
 };
 
+// The keys and values of the next visit, asked for a few lines at a time while this one is worked on.
+struct Ahead {
+  const char* rows[2];
+  int64_t step[2], lines[2], left, share, line, which;
+
+  void begin(const View& k, const View& v, int64_t batch, int64_t token, int64_t head, int64_t n, int64_t times) {
+    rows[0] = at(k, batch, token, head), step[0] = k.stride[1] * bytes_of(k.kind);
+    rows[1] = at(v, batch, token, head), step[1] = v.stride[1] * bytes_of(v.kind);
+    lines[0] = (k.size[3] * bytes_of(k.kind) + 63) / 64, lines[1] = (v.size[3] * bytes_of(v.kind) + 63) / 64;
+    left = n * (lines[0] + lines[1]), share = left / larger(1, times) + 1;
+    line = which = 0;
+  }
+  void ask() {
+    for (int64_t i = smaller(share, left); i > 0; --i, --left) {
+      __builtin_prefetch(rows[which] + line * 64, 0, 2);
+      if (++line < lines[which]) continue;
+      rows[which] += step[which];
+      line = 0, which ^= 1;
+    }
+  }
+};
+
 OPENMSA_INLINE void put(float* row, int64_t i, V x) { store(row + i, x); }
 OPENMSA_INLINE void put(Pair* row, int64_t i, V x) { store_bf16(reinterpret_cast<uint16_t*>(row) + i, x); }
 
@@ -178,6 +200,7 @@ struct Scaled {
   int64_t step;
   float scale;
   bool more;
+  Ahead& next;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i)
@@ -186,12 +209,14 @@ struct Scaled {
         const V own = mul(sums[i][j], all(scale));
         store(to, more ? add(load(to), own) : own);
       }
+    next.ask();
   }
 };
 // O = O c + sums
 struct MovedOn {
   float* const* o;
   const float* c;
+  Ahead& next;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i) {
@@ -201,8 +226,48 @@ struct MovedOn {
         store(to, fma(load(to), by, sums[i][j]));
       }
     }
+    next.ask();
   }
 };
+
+// Whether any of n rows has something in it that is not finite: an exponent of ones carries into the sign's place.
+template <class Unit>
+inline bool any_spoilt(const Unit* rows, int64_t step, int64_t n, int64_t lead) {
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  constexpr uint32_t exponents = UnitOf<Unit>::width == 2 ? 0x7f807f80u : 0x7f800000u;
+  constexpr uint32_t ones = UnitOf<Unit>::width == 2 ? 0x00800080u : 0x00800000u;
+  Bits found{};
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < lead; j += 16) {
+      Bits x;
+      std::memcpy(&x, rows + i * step + j, 64);
+      found |= (x & exponents) + ones;
+    }
+  uint32_t all = 0;
+  for (int i = 0; i < 16; ++i) all |= found[i];
+  return (all & (ones << 8)) != 0;
+}
+
+// As pair_up, with rows `step` units apart.
+inline const float* in_pairs(float* rows, int64_t, int64_t, int64_t, float*) { return rows; }
+#if defined(OPENMSA_PAIRS)
+inline const Pair* in_pairs(Pair* rows, int64_t step, int64_t n, int64_t d, Pair* to) {
+  if (n % PAD) return pair_up(rows, n, d, to);
+  const uint16_t* x = reinterpret_cast<const uint16_t*>(rows);
+  for (int64_t i = 0; i < n; i += 2)
+    for (int64_t c = 0; c < padded(d); c += 16, to += 16)
+      interleave16(x + i * step * 2 + c, x + (i + 1) * step * 2 + c, to);
+  return to - n / 2 * padded(d);
+}
+#endif
+
+// Rows where nobody else needs them.
+template <class Unit>
+inline Unit* set_aside(const Unit* rows, int64_t step, int64_t n, int64_t lead, Unit* room) {
+  if (rows != room)
+    for (int64_t i = 0; i < n; ++i) std::memcpy(room + i * lead, rows + i * step, size_t(lead) * 4);
+  return room;
+}
 
 template <class Unit>
 struct Attention {
@@ -258,43 +323,64 @@ struct Attention {
     const Chunk chunk = chunk_of(x, plan, task / plan.parts);
     own.clear((chunk.to - chunk.from) * plan.r, padded(plan.dv));
     visits.find(x, plan, chunk);
-    const int64_t part = task % plan.parts;
-    const int64_t end = visits.count * (part + 1) / plan.parts;
+    const int64_t part = task % plan.parts, end = visits.count * (part + 1) / plan.parts;
     for (int64_t i = visits.count * part / plan.parts; i < end; ++i) {
       const int64_t start = visits.block[i] * plan.block, stop = smaller(start + plan.block, chunk.in.s);
       const int32_t* readers = visits.tokens + visits.first[i];
       int64_t count = x.blocks.data ? visits.first[i + 1] - visits.first[i] : chunk.to - chunk.from;
       for (int64_t from = start; from < stop; from += plan.width) {
         while (count && chunk.in.position(*readers) < from) ++readers, --count;
-        if (count) visit(desk, own, chunk, from, smaller(plan.width, stop - from), readers, count);
+        if (!count) break;
+        const int64_t then = from + plan.width < stop ? from + plan.width : i + 1 < end ? visits.block[i + 1] * plan.block : chunk.in.s;
+        Ahead next;
+        next.begin(x.k, x.v, chunk.in.batch, chunk.in.k0 + then, plan.groups.kv_head(chunk.group),
+                   smaller(plan.width, chunk.in.s - then), count * plan.r * 4 / WIDE_ROWS);
+        visit(desk, own, chunk, from, smaller(plan.width, stop - from), readers, count, next);
       }
     }
     if (plan.parts == 1) finish(own, chunk);
   }
 
+  // The rows of keys or values where they lie, if they lie as packing would lay them; else packed.
+  Unit* rows_of(const View& y, bool there, const Chunk& chunk, int64_t from, int64_t n, Unit* room, int64_t& step) const {
+    constexpr int64_t width = UnitOf<Unit>::width;
+    constexpr Kind own = width == 2 ? Kind::bf16 : Kind::f32;
+    const int64_t token = chunk.in.k0 + from, head = plan.groups.kv_head(chunk.group);
+    step = lead<Unit>(y.size[3]);
+    if (there && y.kind == own && n % PAD == 0 && y.stride[3] == 1 && y.stride[1] % width == 0 && step * width == y.size[3]) {
+      step = y.stride[1] / width;
+      return reinterpret_cast<Unit*>(at(y, chunk.in.batch, token, head));
+    }
+    pack_rows(y, chunk.in.batch, token, head, n, room);
+    return room;
+  }
+
   // Packs keys from .. from + n - 1; the first of them that is not finite, or n.
-  int64_t pack(const Desk& desk, const Chunk& chunk, int64_t from, int64_t n) const {
-    const int64_t head = plan.groups.kv_head(chunk.group), token = chunk.in.k0 + from;
+  int64_t pack(const Desk& desk, const Chunk& chunk, int64_t from, int64_t n, const Unit*& along) const {
     const int64_t d = lead<Unit>(plan.d), dv = lead<Unit>(plan.dv);
-    pack_rows(x.k, chunk.in.batch, token, head, n, desk.k);
-    pack_rows(x.v, chunk.in.batch, token, head, n, desk.v);
-    int64_t bad = n;
-    if (spoilt_row(desk.k, n * d) || spoilt_row(desk.v, n * dv))
+    int64_t k_step, v_step, bad = n;
+    Unit* k = rows_of(x.k, true, chunk, from, n, desk.k, k_step);
+    Unit* v = rows_of(x.v, UnitOf<Unit>::width == 2, chunk, from, n, desk.v, v_step);
+    if (any_spoilt(k, k_step, n, d) || any_spoilt(v, v_step, n, dv)) {
+      k = set_aside(k, k_step, n, d, desk.k), k_step = d;
+      v = set_aside(v, v_step, n, dv, desk.v), v_step = dv;
       for (int64_t i = n - 1; i >= 0; --i)
-        if (spoilt_row(desk.k + i * d, d) || spoilt_row(desk.v + i * dv, dv)) {
+        if (spoilt_row(k + i * d, d) || spoilt_row(v + i * dv, dv)) {
           bad = i;
-          std::memset(static_cast<void*>(desk.k + i * d), 0, size_t(d) * 4);
-          std::memset(static_cast<void*>(desk.v + i * dv), 0, size_t(dv) * 4);
+          std::memset(static_cast<void*>(k + i * d), 0, size_t(d) * 4);
+          std::memset(static_cast<void*>(v + i * dv), 0, size_t(dv) * 4);
         }
-    turn(desk.k, n, d, units<Unit>(plan.d), desk.across);
+    }
+    turn(k, n, k_step, units<Unit>(plan.d), desk.across);
+    along = in_pairs(v, v_step, n, plan.dv, desk.along);
     return bad;
   }
 
   // Keys from .. from + n - 1 for those who read them.
   void visit(const Desk& desk, const State& own, const Chunk& chunk, int64_t from, int64_t n,
-             const int32_t* readers, int64_t count) const {
-    const int64_t bad = pack(desk, chunk, from, n);
-    const Unit* along = pair_up(desk.v, n, plan.dv, desk.along);
+             const int32_t* readers, int64_t count, Ahead& next) const {
+    const Unit* along;
+    const int64_t bad = pack(desk, chunk, from, n, along);
     const int64_t d = lead<Unit>(plan.d), dv = padded(plan.dv), columns = padded(n), r = plan.r;
     for (int64_t row = 0; row < count * r; row += PANEL) {
       const int64_t rows = smaller(PANEL, count * r - row);
@@ -308,7 +394,7 @@ struct Attention {
       for (int64_t u = 0; u < larger(1, units<Unit>(plan.d)); u += PIECE)
         product<Unit>({desk.q + u, d, rows, desk.across + u * columns, columns, columns,
                        smaller(PIECE, units<Unit>(plan.d) - u)},
-                      FromZero{}, Scaled{desk.scores, columns, x.scale * UNIT, u > 0});
+                      FromZero{}, Scaled{desk.scores, columns, x.scale * UNIT, u > 0, next});
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t token = readers[(row + i) / r], at = (token - chunk.from) * r + (row + i) % r;
         const int64_t visible = smaller(n, chunk.in.position(token) - from + 1);
@@ -316,7 +402,7 @@ struct Attention {
         if (bad < visible) own.l[at] = __builtin_nanf("");
       }
       product<Unit>({reinterpret_cast<const Unit*>(desk.scores), columns, rows, along, dv, dv, units<Unit>(n)},
-                    FromZero{}, MovedOn{desk.o, desk.c});
+                    FromZero{}, MovedOn{desk.o, desk.c, next});
     }
   }
 
