@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def compare(
     shape: Shape, tokens: int, groups: int, *, seconds: float, backend: str, instruction_set: str
 ) -> Comparison:
     """Run one side after the other. Raises RuntimeError with a side's last line if it fails."""
-    part = Shape(**{**asdict(shape), "h": groups * shape.r, "g": groups})
+    part = replace(shape, h=groups * shape.r, g=groups)
     job = {
         "shape": asdict(part),
         "tokens": tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -134,7 +135,7 @@ def _forward(run: Run, x: Inputs, selection: Selection, words, target, data, mea
         note=_agreement(selection),
     )
     verdict = judge.judge_attention(x, selection, out[0], judge.sampled(x.q.shape[1]))
-    return Row(**{**vars(row), "verdict": verdict})
+    return replace(row, verdict=verdict)
 
 
 def _backward(run: Run, x: Inputs, selection: Selection, words: str, data: str) -> Row:
@@ -150,7 +151,7 @@ def _backward(run: Run, x: Inputs, selection: Selection, words: str, data: str) 
         target=0.45,
         data=data,
     )
-    return Row(**{**vars(row), "verdict": judge.judge_gradients(x, selection, dout, gradients)})
+    return replace(row, verdict=judge.judge_gradients(x, selection, dout, gradients))
 
 
 def _differentiated(run: Run, x: Inputs, attend: Callable[[Inputs], torch.Tensor]):
