@@ -134,16 +134,17 @@ def join(parts, stats, out, lse, rows, splits, d: tl.constexpr, D: tl.constexpr,
     column = tl.arange(0, D)
     here = row < rows
     mask = here[:, None] & (column < d)[None, :]
+    at = row[:, None] * d + column[None, :]
     top = tl.full((N,), float("-inf"), tl.float32)
     for i in range(splits):
-        stat = tl.load(stats + i * rows + row, mask=here, other=float("-inf"))
+        stat = tl.load(stats + tl.cast(i, tl.int64) * rows + row, mask=here, other=float("-inf"))
         # A maximum may pass over NaN; a sum below does not.
         top = tl.maximum(top, stat)
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((N,), tl.float32)
     acc = tl.zeros((N, D), tl.float32)
     for i in range(splits):
-        stat = tl.load(stats + i * rows + row, mask=here, other=float("-inf"))
+        stat = tl.load(stats + tl.cast(i, tl.int64) * rows + row, mask=here, other=float("-inf"))
         part = tl.load(
             parts + (i * rows + row)[:, None] * d + column[None, :], mask=mask, other=0.0
         )
@@ -152,7 +153,7 @@ def join(parts, stats, out, lse, rows, splits, d: tl.constexpr, D: tl.constexpr,
         acc += part * weight[:, None]
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     stat = tl.where(total == 0, float("-inf"), shift + tl.log(total))
-    tl.store(out + row[:, None] * d + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + row, stat, mask=here)
 
 

@@ -184,7 +184,7 @@ def owner_gradients(
     values = tl.where((spoilt == 0)[:, None], values, 0.0)
     acc_k = tl.zeros((S.BN, S.D), tl.float32)
     acc_v = tl.zeros((S.BN, S.DV), tl.float32)
-    for part in range(S.rows.parts):
+    for part in tl.static_range(S.rows.parts):
         acc_k, acc_v = add_readers(
             q, dout, lse, delta, places, items, begin, end, keys, values, key, first, spoilt,
             strides, batch, part, group, t, scale, acc_k, acc_v, S,
@@ -192,9 +192,9 @@ def owner_gradients(
     wide: tl.constexpr = S.d + S.dv
     if slot >= 0:
         inside = key < S.block
-        at = parts + (slot * S.block + key) * wide
-        put(at, acc_k * scale, inside, S.d)
-        put(at + S.d, acc_v, inside, S.dv)
+        piece = parts + (slot * S.block + key) * wide
+        put(piece, acc_k * scale, inside, S.d)
+        put(piece + S.d, acc_v, inside, S.dv)
     else:
         at = (batch * s + first + key) * S.groups + group
         put(dk + at * S.d, acc_k * scale, inside, S.d)

@@ -81,12 +81,13 @@ def load_keys(x, stride, key, inside, d: tl.constexpr, D: tl.constexpr):
 def step_of(i, members, reads, lo, N: tl.constexpr, S: tl.constexpr):
     """Step i of a tile: its first key token, the offset in its block and the slots that see it."""
     if S.whole:
-        return lo + i.to(tl.int64) * N, 0, -1
+        first, offset, bits = lo + tl.cast(i, tl.int64) * N, 0, -1
     else:
         chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN * (S.BN // N)
         first = tl.load(members.first + reads + i // chunks)
         bits = tl.load(members.bits + reads + i // chunks)
-        return first, i % chunks * N, bits
+        offset = i % chunks * N
+    return first, offset, bits
 
 
 @triton.jit

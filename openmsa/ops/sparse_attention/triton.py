@@ -11,10 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from openmsa.ops.gpu import Gpu, gpu_of
-
-# Programs of a unit that keep it busy.
-PROGRAMS_PER_UNIT = 2
+from openmsa.ops import triton_launch
+from openmsa.ops.gpu import gpu_of
 
 
 def sparse_attention(
@@ -48,12 +46,15 @@ def _forward(
     if blocks.numel() == 0:
         out, lse = _empty(q, v)
         return out.zero_(), lse.fill_(-math.inf)
-    tiles = _tiles(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
-    shape, members, places, gpu = tiles
-    programs = q.shape[0] * members.count[0].numel() * shape.rows.parts
-    splits = splits_for(programs, blocks.shape[3] * -(-block_size // shape.BN), gpu)
-    launch = launch_of(shape.D + shape.DV, q.element_size(), gpu)
-    return triton_attend.forward(q, k, v, members, places, shape, scale, splits, launch)
+    work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+    shape, launch = work.tiles()
+    members = work.members(shape)
+    programs = members.count.numel() * shape.rows.parts
+    steps = blocks.shape[3] * -(-block_size // shape.BN)
+    splits = triton_launch.splits_for(programs, steps, work.gpu)
+    return triton_attend.forward(
+        q, k, v, members, work.places, shape, scale, splits, launch.options
+    )
 
 
 @_forward.register_fake
@@ -66,39 +67,44 @@ def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _tiles(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k):
-    """The shape of the kernels, what every tile reads, where its queries stand, and the GPU."""
-    from openmsa.ops import triton_rows, triton_tiles
+class _Work:
+    """One call: the GPU, where queries stand, and how the kernels are shaped."""
 
-    gpu = gpu_of(q.device)
-    t, s = q.shape[1], k.shape[1]
-    groups = max(blocks.shape[1], k.shape[2])
-    blocks = blocks.expand(-1, groups, -1, -1)
-    rows = triton_tiles.rows_for(t, q.shape[2] // groups)
-    places = triton_tiles.places_of(t, s, cu_seqlens_q, cu_seqlens_k, q.device)
-    members = triton_tiles.members_of(blocks, block_size, places, rows.tokens)
-    keys = keys_at_once(q, v, gpu)
-    shape = triton_rows.shape_of(
-        q, k, v.shape[3], rows, groups, block_size, keys, gpu.fp32_precision
-    )
-    return shape, members, places, gpu
+    def __init__(self, q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k):
+        from openmsa.ops import triton_tiles
 
+        self.gpu = gpu_of(q.device)
+        self.groups = max(blocks.shape[1], k.shape[2])
+        self.blocks = blocks.expand(-1, self.groups, -1, -1)
+        self.block_size = block_size
+        self.q, self.k, self.dv = q, k, v.shape[3]
+        t, s = q.shape[1], k.shape[1]
+        self.places = triton_tiles.places_of(t, s, cu_seqlens_q, cu_seqlens_k, q.device)
 
-def keys_at_once(q: Tensor, v: Tensor, gpu: Gpu) -> int:
-    """Keys of a step: as many as leave room for a second step in flight."""
-    wide = max(q.shape[3], v.shape[3]) * q.element_size() > 256
-    return 32 if wide or gpu.hip else 64
+    def tiles(self):
+        return self._shaped(triton_launch.for_tiles)
 
+    def owners(self):
+        return self._shaped(triton_launch.for_owners)
 
-def launch_of(width: int, itemsize: int, gpu: Gpu) -> dict[str, int]:
-    """width: channels of a key and of a value together, padded."""
-    wide = width * itemsize > 512
-    return {"num_warps": 8 if wide else 4, "num_stages": 2 if wide or gpu.capability < 90 else 3}
+    def _shaped(self, rule):
+        from openmsa.ops import triton_rows, triton_tiles
 
+        t, h, d = self.q.shape[1:]
+        width = triton_tiles.padded(d) + triton_tiles.padded(self.dv)
+        launch = rule(width, self.q.element_size(), self.gpu)
+        rows = triton_tiles.rows_for(t, h // self.groups, launch.rows)
+        keys, precision = launch.keys, self.gpu.fp32_precision
+        shape = triton_rows.shape_of(
+            self.q, self.k, self.dv, rows, self.groups, self.block_size, keys, precision
+        )
+        return shape, launch
 
-def splits_for(programs: int, steps: int, gpu: Gpu) -> int:
-    """Into how many parts a tile's reading is cut so that every unit has work."""
-    return max(1, min(PROGRAMS_PER_UNIT * gpu.units // max(1, programs), steps))
+    def members(self, shape):
+        from openmsa.ops import triton_tiles
+
+        tokens = shape.rows.tokens
+        return triton_tiles.members_of(self.blocks, self.block_size, self.places, tokens)
 
 
 @torch.library.custom_op("openmsa::triton_sparse_attention_backward", mutates_args=())
@@ -120,17 +126,20 @@ def _backward(
 
     if blocks.numel() == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    tiles = _tiles(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
-    shape, members, places, gpu = tiles
-    launch = launch_of(shape.D + shape.DV, q.element_size(), gpu)
+    work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+    shape, launch = work.tiles()
     dout, inputs = dout.contiguous(), (q, k, v, lse)
-    dq, delta = backward.query_gradients(dout, out, *inputs, members, places, shape, scale, launch)
+    dq, delta = backward.query_gradients(
+        dout, out, *inputs, work.members(shape), work.places, shape, scale, launch.options
+    )
     rows = triton_owners.key_rows(k.shape[1], block_size, cu_seqlens_k, q.device)
     slot_bytes = 4 * block_size * (q.shape[3] + v.shape[3])
-    blocks = blocks.expand(-1, shape.groups, -1, -1)
-    items, pieces = triton_owners.chosen_items(blocks, block_size, rows, places, slot_bytes)
+    items, pieces = triton_owners.chosen_items(
+        work.blocks, block_size, rows, work.places, slot_bytes
+    )
+    shape, launch = work.owners()
     dk, dv = backward.key_gradients(
-        dout, *inputs, delta, items, pieces, rows, places, shape, scale, launch
+        dout, *inputs, delta, items, pieces, rows, work.places, shape, scale, launch.options
     )
     return dq, dk, dv
 

@@ -1,0 +1,53 @@
+"""How the kernels of attention and of the index loss are launched: tile, warps and stages.
+
+One rule per kernel, from widths and the GPU alone. Each rule is compiled ahead of time for every
+chip that it serves, without spills; which of several such rules is fastest is for a GPU to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openmsa.ops.gpu import Gpu
+
+# Programs of a unit that keep it busy.
+PROGRAMS_PER_UNIT = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    rows: int  # query tokens times heads of a tile
+    keys: int  # at once, at most
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
+    """A program that owns queries and walks over keys; width: padded channels of both factors."""
+    key = width * itemsize
+    if key > 1024:
+        return Launch(rows=32, keys=16, num_warps=4, num_stages=1)
+    if gpu.hip:
+        return Launch(rows=64, keys=32 if key <= 512 else 16, num_warps=4, num_stages=2)
+    if key > 512:
+        return Launch(rows=64, keys=32, num_warps=8, num_stages=2)
+    return Launch(rows=64, keys=64, num_warps=4, num_stages=3 if gpu.capability >= 90 else 2)
+
+
+def for_owners(width: int, itemsize: int, gpu: Gpu) -> Launch:
+    """A program that owns keys and walks over the queries that read them."""
+    key = width * itemsize
+    if key > 512:
+        return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=8, num_stages=1)
+    if gpu.hip:
+        return Launch(rows=32, keys=32, num_warps=4, num_stages=2)
+    return Launch(rows=64, keys=64, num_warps=8, num_stages=2)
+
+
+def splits_for(programs: int, steps: int, gpu: Gpu) -> int:
+    """Into how many parts a tile's reading is cut so that every unit has work."""
+    return max(1, min(PROGRAMS_PER_UNIT * gpu.units // max(1, programs), steps))
