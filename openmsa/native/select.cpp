@@ -5,97 +5,13 @@
 //
 // Rows r = token * g + group of one sequence are the columns of a product whose rows are keys, so a block's
 // maximum runs down the sums of a tile: no score leaves the registers. NaN loses every comparison.
+#include "keep_best.h"
 #include "product.h"
-#include "work.h"
+#include "select_plan.h"
 
 namespace openmsa {
 namespace OPENMSA_ISA {
 namespace {
-
-constexpr int64_t PANEL = WIDE * W > PAD ? WIDE * W : PAD;  // columns that are turned and multiplied together
-constexpr int64_t PIECE = 128;                              // keys multiplied at once, about
-constexpr int64_t COLUMNS = 256;                            // of a task, at most
-constexpr int64_t FEW = 8;                                  // rows past which keys are streamed as they lie
-constexpr int64_t BEST_BYTES = 4 << 20;                     // of a task's maxima, if 16 columns fit
-constexpr int64_t CALL_BYTES = 160 << 20;                   // of a call's
-
-// How a call is cut: chunks of `columns` rows, each over `ranges` equal ranges of its blocks.
-struct Cut {
-  int64_t columns, chunks, ranges, blocks;  // blocks of the longest sequence, a multiple of PAD
-  int64_t best_size() const { return blocks * columns; }
-};
-
-template <class Unit>
-struct Job {
-  const SelectArguments* a;
-  Cut cut;
-  int64_t d, g, lead, take;  // take: keys at once
-  bool in_place;             // keys are read where they are
-  float scale;
-  char* shared;      // maxima of the chunks of a wave, if a chunk has several ranges
-  int64_t wave;      // its first chunk
-  const Scratch* scratch;
-};
-
-// Rows first .. first + count - 1 of a sequence.
-struct Chunk {
-  Sequence x;
-  int64_t first, count;
-};
-
-template <class Unit>
-inline int64_t position(const Job<Unit>& job, const Chunk& c, int64_t row) {
-  return c.x.position(row / job.g);
-}
-template <class Unit>
-inline int64_t last_block(const Job<Unit>& job, const Chunk& c) {
-  return position(job, c, c.first + c.count - 1) / job.a->block_size;
-}
-
-// Later rows see more keys: they come first.
-template <class Unit>
-inline Chunk chunk(const Job<Unit>& job, int64_t number) {
-  const int64_t columns = job.cut.columns, g = job.g;
-  const View &q = job.a->q_index, &k = job.a->k_index;
-  const auto per = [&](const Sequence& x) { return (x.t * g + columns - 1) / columns; };
-  const int64_t i = locate(job.a->borders, q.size[0], q.size[1], k.size[1], number, per);
-  const Sequence x = sequence(job.a->borders, i, q.size[1], k.size[1]);
-  const int64_t first = (per(x) - 1 - number) * columns;
-  return {x, first, smaller(columns, x.t * g - first)};
-}
-
-// |scale| goes to the maxima, its sign to the queries; 0 makes every finite query 0 and no other finite.
-inline void sign_row(float* x, int64_t n, float scale) {
-  for (int64_t i = 0; i < n; ++i) x[i] = scale < 0 ? -x[i] : x[i] * 0.0f;
-}
-inline void sign_row(Pair* x, int64_t n, float scale) {
-  uint16_t* halves = reinterpret_cast<uint16_t*>(x);
-  for (int64_t i = 0; i < 2 * n; ++i)
-    halves[i] = scale < 0 ? halves[i] ^ 0x8000 : (halves[i] & 0x7f80) == 0x7f80 ? 0x7fc0 : 0;
-}
-
-template <class Unit>
-inline void pack_queries(const Job<Unit>& job, const Chunk& c, int64_t from, int64_t n, Unit* to) {
-  const View& q = job.a->q_index;
-  for (int64_t r = from; r < from + n; ++r, to += job.lead) {
-    const char* row = at(q, c.x.batch, c.x.q0 + r / job.g, r % job.g);
-    pack_row(row, q.kind, q.stride[3], job.d, to);
-    if (!(job.a->index_scale > 0)) sign_row(to, job.lead, job.a->index_scale);
-  }
-}
-
-// Keys of a sequence as rows of units, and the step from one to the next.
-template <class Unit>
-inline const Unit* keys(const Job<Unit>& job, const Chunk& c, int64_t key, int64_t n, Unit* room, int64_t* step) {
-  const View& k = job.a->k_index;
-  if (job.in_place) {
-    *step = k.stride[1] / UnitOf<Unit>::width;
-    return reinterpret_cast<const Unit*>(at(k, c.x.batch, c.x.k0 + key, 0));
-  }
-  *step = job.lead;
-  pack_rows(k, c.x.batch, c.x.k0 + key, 0, n, room);
-  return room;
-}
 
 // Takes sums [keys][rows] into the maxima of their blocks.
 struct Fold {
@@ -141,7 +57,7 @@ inline void score_many(const Job<Unit>& job, const Chunk& c, int64_t from, int64
   const int64_t block_size = job.a->block_size, columns = job.cut.columns, width = padded(smaller(PANEL, c.count));
   const int64_t unit_count = units<Unit>(job.d), panel = job.lead * width;
   Unit* room = take<Unit>(memory, larger(job.take, width) * job.lead);
-  Unit* across = take<Unit>(memory, padded(c.count + PANEL - PAD) * job.lead);
+  Unit* across = take<Unit>(memory, padded(c.count) * job.lead);
   int32_t* block = take<int32_t>(memory, job.take);
   alignas(64) float limit[PANEL];
   for (int64_t i = 0; i < c.count; i += width) {
@@ -235,89 +151,6 @@ inline void score_few(const Job<Unit>& job, const Chunk& c, int64_t from, int64_
   }
 }
 
-// Whole numbers in the order of the floats that they stand for.
-inline int32_t order(float x) {
-  const int32_t bits = int32_t(bits_of(x));
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
-inline float number(int32_t x) { return float_of(uint32_t(x ^ (x >> 31 & 0x7fffffff))); }
-
-// Up to 64 numbers: bit i says x[i] > edge.
-inline uint64_t above(const float* x, V edge) {
-  uint64_t bits = 0;
-  for (int i = 0; i < 64; i += W) bits |= uint64_t(greater(load(x + i), edge)) << i;
-  return bits;
-}
-inline uint64_t below(const float* x, V edge) {
-  uint64_t bits = 0;
-  for (int i = 0; i < 64; i += W) bits |= uint64_t(greater(edge, load(x + i))) << i;
-  return bits;
-}
-
-// The k best of n > k numbers: all above `value`, and the first `equal` of those that equal it.
-struct Edge {
-  float value;
-  int64_t equal;
-};
-// x continues with -inf to a multiple of 64. Halves the interval: more than k numbers lie above `low`, fewer
-// than k above `high`. Means come first, for they soon part the k best from the rest; then floats are
-// counted, which ends for any.
-inline Edge find_edge(const float* x, int64_t n, int64_t k) {
-  V most = all(-INF), least = all(-INF);
-  for (int64_t i = 0; i < n; i += W) {
-    const V some = load(x + i);
-    most = max(some, most);
-    least = max(first(sub(zero(), some), n - i, all(-INF)), least);
-  }
-  int32_t low = order(-max_of(least)) - 1, high = order(max_of(most));
-  int64_t above_high = 0;
-  for (int round = 0; int64_t(high) - low > 1; ++round) {
-    int32_t middle = order(0.5f * number(low) + 0.5f * number(high));
-    if (round >= 16 || middle <= low || middle >= high) middle = int32_t((int64_t(low) + high) >> 1);
-    const V edge = all(number(middle));
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += 64) count += __builtin_popcountll(above(x + i, edge));
-    if (count == k) return {number(middle), 0};
-    if (count > k)
-      low = middle;
-    else
-      high = middle, above_high = count;
-  }
-  return {number(high), k - above_high};
-}
-
-// Writes the numbers of the k best of x[0 .. n), the first of which is `from`, ascending.
-inline int32_t* write_best(const float* x, int64_t n, int64_t k, int64_t from, int32_t* to) {
-  if (n <= k) {
-    for (int64_t i = 0; i < n; ++i) *to++ = int32_t(from + i);
-    return to;
-  }
-  if (k <= 0) return to;
-  Edge edge = find_edge(x, n, k);
-  const V value = all(edge.value);
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t bits = above(x + i, value);
-    if (edge.equal) {
-      uint64_t equal = ~(bits | below(x + i, value));
-      if (n - i < 64) equal &= (uint64_t(1) << (n - i)) - 1;
-      for (; equal && edge.equal; --edge.equal, equal &= equal - 1) bits |= equal & -equal;
-    }
-    for (; bits; bits &= bits - 1) *to++ = int32_t(from + i + __builtin_ctzll(bits));
-  }
-  return to;
-}
-
-// One row's answer: x holds the scores of the blocks up to its own, with room for 64 more.
-inline void choose(const SelectArguments& a, float* x, int64_t own, int32_t* to) {
-  const int64_t sink = smaller(a.sink_blocks, own + 1), local = larger(sink, own + 1 - a.local_blocks);
-  int32_t* end = to + a.top_k;
-  for (int64_t i = 0; i < 64; ++i) x[local + i] = -INF;
-  for (int64_t j = 0; j < sink; ++j) *to++ = int32_t(j);
-  to = write_best(x + sink, local - sink, a.top_k - sink - (own + 1 - local), sink, to);
-  for (int64_t j = local; j <= own; ++j) *to++ = int32_t(j);
-  while (to < end) *to++ = -1;
-}
-
 // The answers of a chunk from its maxima, which it turns, 16 rows and 16 blocks at a time.
 template <class Unit>
 inline void choose_all(const Job<Unit>& job, const Chunk& c, float* best, char* memory) {
@@ -376,28 +209,6 @@ void choose_chunk(void* context, int64_t task, int worker) {
   choose_all(job, chunk(job, job.wave + task), best, job.scratch->of(worker));
 }
 
-// Enough tasks for the threads: narrower chunks, then ranges of blocks. No thread wakes for a small call.
-inline Cut cut_call(const SelectArguments& a, int64_t unit_count, int* threads) {
-  const View &q = a.q_index, &k = a.k_index;
-  const int64_t g = q.size[2], t = longest(a.borders, a.borders.q, q.size[1]);
-  const int64_t s = longest(a.borders, a.borders.k, k.size[1]);
-  const int64_t blocks = padded((s + a.block_size - 1) / a.block_size), rows = padded(t * g);
-  const double work = double(rows) * double(s) * double(unit_count) * double(sequences(a.borders, q.size[0]));
-  *threads = int(smaller(a.threads, int64_t(work / (1 << 22)) + 1));
-  const auto count = [&](int64_t columns) {
-    return count_tasks(a.borders, q.size[0], q.size[1], k.size[1],
-                       [&](const Sequence& x) { return (x.t * g + columns - 1) / columns; });
-  };
-  int64_t columns = smaller(COLUMNS, larger(PAD, rows));
-  while (columns > PAD && blocks * columns * 4 > BEST_BYTES) columns = padded(columns / 2);
-  while (*threads > 1 && columns > 64 && count(columns) < *threads * 4) columns = padded(columns / 2);
-  const int64_t chunks = count(columns);
-  int64_t ranges = 1;
-  if (*threads > 1 && chunks > 0 && chunks < *threads * 2)
-    ranges = larger(1, smaller(smaller(*threads * 4 / chunks, blocks), int64_t(work / (1 << 20)) / chunks));
-  return {columns, chunks, ranges, blocks};
-}
-
 template <class Unit>
 inline bool run(const SelectArguments& a) {
   Job<Unit> job{};
@@ -417,7 +228,7 @@ inline bool run(const SelectArguments& a) {
                  reinterpret_cast<uintptr_t>(k.data) % 4 == 0;
 
   const int64_t best_bytes = cut.best_size() * 4;
-  const int64_t own = (larger(job.take, PANEL) + cut.columns + PANEL) * job.lead * 4 + job.take * 4 +
+  const int64_t own = (larger(job.take, PANEL) + larger(cut.columns, FEW)) * job.lead * 4 + job.take * 4 +
                       (cut.blocks + 128) * 4 + (cut.ranges == 1 ? best_bytes : 0);
   const int64_t at_once = smaller(cut.chunks, larger(1, CALL_BYTES / best_bytes));  // chunks of a wave
   threads = int(smaller(threads, cut.ranges == 1 ? at_once : cut.ranges * at_once));
@@ -439,7 +250,11 @@ inline bool run(const SelectArguments& a) {
 
 }  // namespace
 
-bool select(const SelectArguments& a) {
+bool select(const SelectArguments& given) {
+  SelectArguments a = given;  // the same answer from numbers that cannot overflow
+  a.block_size = smaller(a.block_size, larger(1, a.k_index.size[1]));
+  a.local_blocks = smaller(a.local_blocks, a.top_k);
+  a.sink_blocks = smaller(a.sink_blocks, a.top_k - a.local_blocks);
 #if defined(OPENMSA_PAIRS)
   if (a.q_index.kind == Kind::bf16 && a.k_index.kind == Kind::bf16) return run<Pair>(a);
 #endif
