@@ -198,7 +198,7 @@ inline void weigh(float* x, int64_t visible, int64_t columns, float& m, float& l
 struct Scaled {
   float* x;
   int64_t step;
-  float scale;
+  const float* scale;  // in W lanes: in memory it takes no register from the sums
   bool more;
   Ahead& next;
   template <int R, int N>
@@ -206,7 +206,7 @@ struct Scaled {
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < N; ++j) {
         float* to = x + (row + i) * step + column + j * W;
-        const V own = mul(sums[i][j], all(scale));
+        const V own = mul(sums[i][j], load(scale));
         store(to, more ? add(load(to), own) : own);
       }
     next.ask();
@@ -230,34 +230,62 @@ struct MovedOn {
   }
 };
 
-// Whether any of n rows has something in it that is not finite: an exponent of ones carries into the sign's place.
+// Finds what is not finite on the way: an exponent of ones plus one carries into the place above it.
 template <class Unit>
-inline bool any_spoilt(const Unit* rows, int64_t step, int64_t n, int64_t lead) {
+struct Watch {
   typedef uint32_t Bits __attribute__((vector_size(64)));
-  constexpr uint32_t exponents = UnitOf<Unit>::width == 2 ? 0x7f807f80u : 0x7f800000u;
-  constexpr uint32_t ones = UnitOf<Unit>::width == 2 ? 0x00800080u : 0x00800000u;
+  static constexpr uint32_t ones = UnitOf<Unit>::width == 2 ? 0x00800080u : 0x00800000u;
   Bits found{};
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < lead; j += 16) {
-      Bits x;
-      std::memcpy(&x, rows + i * step + j, 64);
-      found |= (x & exponents) + ones;
-    }
-  uint32_t all = 0;
-  for (int i = 0; i < 16; ++i) all |= found[i];
-  return (all & (ones << 8)) != 0;
+  OPENMSA_INLINE Bits exponents(const Unit* x) {
+    Bits bits;
+    std::memcpy(&bits, x, 64);
+    return (bits & ones * 255) + ones;
+  }
+  inline void see(const Unit* x, int64_t lead) {
+    for (int64_t j = 0; j < lead; j += 16) found |= exponents(x + j);
+  }
+  bool spoilt() const {
+    uint32_t all = 0;
+    for (int i = 0; i < 16; ++i) all |= found[i];
+    return (all & ones << 8) != 0;
+  }
+};
+
+// As `turn`, with rows that need not be dense; true: something is not finite.
+template <class Unit>
+inline bool turn_watched(Unit* rows, int64_t step, int64_t n, int64_t lead, Unit* to) {
+  const int64_t columns = padded(n);
+  if (columns > n) std::memset(static_cast<void*>(rows + n * step), 0, size_t((columns - n) * step) * 4);
+  Watch<Unit> watch;
+  for (int64_t i = 0; i < columns; i += 16) {
+    const Unit* x = rows + i * step;
+    for (int64_t row = 0; row < 16; ++row) watch.see(x + row * step, lead);
+    for (int64_t j = 0; j < lead; j += 16)
+      transpose16(reinterpret_cast<const uint32_t*>(x + j), step, reinterpret_cast<uint32_t*>(to + j * columns + i),
+                  columns);
+  }
+  return watch.spoilt();
 }
 
-// As pair_up, with rows `step` units apart.
-inline const float* in_pairs(float* rows, int64_t, int64_t, int64_t, float*) { return rows; }
+// As `pair_up`, likewise.
+inline bool pair_watched(float* rows, int64_t step, int64_t n, int64_t d, float*, const float** along) {
+  Watch<float> watch;
+  for (int64_t i = 0; i < n; ++i) watch.see(rows + i * step, padded(d));
+  *along = rows;
+  return watch.spoilt();
+}
 #if defined(OPENMSA_PAIRS)
-inline const Pair* in_pairs(Pair* rows, int64_t step, int64_t n, int64_t d, Pair* to) {
-  if (n % PAD) return pair_up(rows, n, d, to);
+inline bool pair_watched(Pair* rows, int64_t step, int64_t n, int64_t d, Pair* to, const Pair** along) {
+  *along = to;
+  if (n % 2) std::memset(static_cast<void*>(rows + n * step), 0, size_t(step) * 4);
+  Watch<Pair> watch;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(rows);
-  for (int64_t i = 0; i < n; i += 2)
+  for (int64_t i = 0; i < n; i += 2) {
+    watch.see(rows + i * step, lead<Pair>(d)), watch.see(rows + (i + 1) * step, lead<Pair>(d));
     for (int64_t c = 0; c < padded(d); c += 16, to += 16)
       interleave16(x + i * step * 2 + c, x + (i + 1) * step * 2 + c, to);
-  return to - n / 2 * padded(d);
+  }
+  return watch.spoilt();
 }
 #endif
 
@@ -303,13 +331,13 @@ struct Attention {
   // What a worker keeps in hand.
   struct Desk {
     Unit *k, *v, *across, *along, *q;
-    float *scores, *c, **o;
+    float *scores, *c, **o, *scale;
     Desk(const Plan& plan, char*& memory) {
       const int64_t n = padded(plan.width), d = lead<Unit>(plan.d);
       k = take<Unit>(memory, n * d), across = take<Unit>(memory, n * d);
       v = take<Unit>(memory, n * lead<Unit>(plan.dv)), along = take<Unit>(memory, units<Unit>(n) * padded(plan.dv));
       q = take<Unit>(memory, PANEL * d), scores = take<float>(memory, PANEL * n);
-      c = take<float>(memory, PANEL * W), o = take<float*>(memory, PANEL);
+      c = take<float>(memory, PANEL * W), o = take<float*>(memory, PANEL), scale = take<float>(memory, W);
     }
   };
 
@@ -318,6 +346,7 @@ struct Attention {
   void attend(int64_t task, int worker) const {
     char* memory = scratch.of(worker);
     const Desk desk(plan, memory);
+    store(desk.scale, all(x.scale * UNIT));
     Visits visits(plan, memory);
     const State own = plan.parts > 1 ? state(task) : State(plan, take<float>(memory, State::floats(plan)));
     const Chunk chunk = chunk_of(x, plan, task / plan.parts);
@@ -361,18 +390,18 @@ struct Attention {
     int64_t k_step, v_step, bad = n;
     Unit* k = rows_of(x.k, true, chunk, from, n, desk.k, k_step);
     Unit* v = rows_of(x.v, UnitOf<Unit>::width == 2, chunk, from, n, desk.v, v_step);
-    if (any_spoilt(k, k_step, n, d) || any_spoilt(v, v_step, n, dv)) {
-      k = set_aside(k, k_step, n, d, desk.k), k_step = d;
-      v = set_aside(v, v_step, n, dv, desk.v), v_step = dv;
-      for (int64_t i = n - 1; i >= 0; --i)
-        if (spoilt_row(k + i * d, d) || spoilt_row(v + i * dv, dv)) {
-          bad = i;
-          std::memset(static_cast<void*>(k + i * d), 0, size_t(d) * 4);
-          std::memset(static_cast<void*>(v + i * dv), 0, size_t(dv) * 4);
-        }
-    }
-    turn(k, n, k_step, units<Unit>(plan.d), desk.across);
-    along = in_pairs(v, v_step, n, plan.dv, desk.along);
+    const bool bad_k = turn_watched(k, k_step, n, d, desk.across);
+    if (!pair_watched(v, v_step, n, plan.dv, desk.along, &along) && !bad_k) return n;
+    k = set_aside(k, k_step, n, d, desk.k);
+    v = set_aside(v, v_step, n, dv, desk.v);
+    for (int64_t i = n - 1; i >= 0; --i)
+      if (spoilt_row(k + i * d, d) || spoilt_row(v + i * dv, dv)) {
+        bad = i;
+        std::memset(static_cast<void*>(k + i * d), 0, size_t(d) * 4);
+        std::memset(static_cast<void*>(v + i * dv), 0, size_t(dv) * 4);
+      }
+    turn_watched(k, d, n, d, desk.across);
+    pair_watched(v, dv, n, plan.dv, desk.along, &along);
     return bad;
   }
 
@@ -394,7 +423,7 @@ struct Attention {
       for (int64_t u = 0; u < larger(1, units<Unit>(plan.d)); u += PIECE)
         product<Unit>({desk.q + u, d, rows, desk.across + u * columns, columns, columns,
                        smaller(PIECE, units<Unit>(plan.d) - u)},
-                      FromZero{}, Scaled{desk.scores, columns, x.scale * UNIT, u > 0, next});
+                      FromZero{}, Scaled{desk.scores, columns, desk.scale, u > 0, next});
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t token = readers[(row + i) / r], at = (token - chunk.from) * r + (row + i) % r;
         const int64_t visible = smaller(n, chunk.in.position(token) - from + 1);
