@@ -25,6 +25,7 @@ from openmsa.ops.triton_rows import (
     load_rows,
     locate,
     not_finite,
+    put,
     reads_of,
     rows_of,
     seen,
@@ -199,14 +200,6 @@ def owner_gradients(
         at = (batch * s + first + key) * S.groups + group
         put(dk + at * S.d, acc_k * scale, inside, S.d)
         put(dv + at * S.dv, acc_v, inside, S.dv)
-
-
-@triton.jit
-def put(at, x, inside, d: tl.constexpr):
-    """Rows x [n, D] to where the pointers `at` [n] begin."""
-    column = tl.arange(0, x.shape[1])
-    mask = inside[:, None] & (column < d)[None, :]
-    tl.store(at[:, None] + column[None, :], x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit

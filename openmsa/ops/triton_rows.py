@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,6 +74,14 @@ def load_keys(x, stride, key, inside, d: tl.constexpr, D: tl.constexpr):
         mask=inside[:, None] & (column < d)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def put(at, x, inside, d: tl.constexpr):
+    """Rows x [n, D] to where the pointers `at` [n] begin."""
+    column = tl.arange(0, x.shape[1])
+    mask = inside[:, None] & (column < d)[None, :]
+    tl.store(at[:, None] + column[None, :], x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -155,9 +162,9 @@ def shape_of(
     groups: int,
     block: int | None,
     keys: int,
-    precision: str,
+    precision: str = "ieee",
 ) -> Shape:
-    """block None: the whole prefix. keys: how many at once, at most. precision: of fp32."""
+    """block None: the whole prefix. keys: how many at once, at most. precision: how fp32 is multiplied."""
     d = q.shape[3]
     at_once = keys if block is None else min(keys, padded(block))
     return Shape(
@@ -172,5 +179,5 @@ def shape_of(
         block=at_once if block is None else block,
         BN=at_once,
         whole=block is None,
-        precision=precision if q.dtype == torch.float32 else "ieee",
+        precision=precision,
     )

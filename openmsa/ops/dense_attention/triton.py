@@ -66,7 +66,7 @@ def _shaped(q: Tensor, k: Tensor, v: Tensor, rule):
     groups, dv, gpu = k.shape[2], v.shape[3], gpu_of(q.device)
     launch = rule(triton_tiles.padded(d) + triton_tiles.padded(dv), q.element_size(), gpu)
     rows = triton_tiles.rows_for(t, h // groups, launch.rows)
-    precision = gpu.fp32_precision
+    precision = gpu.fp32_precision if q.dtype == torch.float32 else "ieee"
     shape = triton_rows.shape_of(q, k, dv, rows, groups, None, launch.keys, precision)
     return shape, launch
 

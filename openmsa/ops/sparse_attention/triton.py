@@ -94,7 +94,8 @@ class _Work:
         width = triton_tiles.padded(d) + triton_tiles.padded(self.dv)
         launch = rule(width, self.q.element_size(), self.gpu)
         rows = triton_tiles.rows_for(t, h // self.groups, launch.rows)
-        keys, precision = launch.keys, self.gpu.fp32_precision
+        full = self.q.dtype == torch.float32
+        keys, precision = launch.keys, self.gpu.fp32_precision if full else "ieee"
         shape = triton_rows.shape_of(
             self.q, self.k, self.dv, rows, self.groups, self.block_size, keys, precision
         )
