@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from openmsa import native
+from openmsa.ops import gpu
 
 
 @pytest.fixture
@@ -20,8 +21,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "cpu" and (instructions or "portable") not in usable:
         here = ", ".join(usable) or native.unavailable()
         pytest.skip(f"{request.param} cannot run here ({here})")
+    if name == "triton":
+        _only_what_triton_runs_here(request)
     with native.instruction_set(instructions) if instructions else nullcontext():
         yield name
+
+
+def _only_what_triton_runs_here(request: pytest.FixtureRequest) -> None:
+    """Skip without Triton or a GPU; the interpreter is wrong in bf16."""
+    if (reason := gpu.unavailable()) is not None:
+        pytest.skip(f"triton: {reason}")
+    dtypes = request.node.callspec.params.values()
+    if gpu.interpreted() and torch.bfloat16 in dtypes:
+        pytest.skip("triton: its interpreter is wrong in bf16")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

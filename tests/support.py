@@ -13,14 +13,15 @@ from openmsa.native import EVERY_INSTRUCTION_SET
 
 # Each is one run of a test's body; those that cannot run here are skipped (tests/conftest.py).
 CPU = [f"cpu-{name}" for name in EVERY_INSTRUCTION_SET]
-every_backend = pytest.mark.parametrize("backend", ["reference", "portable", *CPU], indirect=True)
-judged_backend = pytest.mark.parametrize("backend", ["portable", *CPU], indirect=True)
+JUDGED = ["portable", *CPU, "triton"]
+every_backend = pytest.mark.parametrize("backend", ["reference", *JUDGED], indirect=True)
+judged_backend = pytest.mark.parametrize("backend", JUDGED, indirect=True)
 every_instruction_set = pytest.mark.parametrize("backend", CPU, indirect=True)
 
 
 def widest(backend: str) -> torch.dtype:
     """The most precise dtype that a backend takes."""
-    return torch.float32 if backend == "cpu" else torch.float64
+    return torch.float32 if backend in ("cpu", "triton") else torch.float64
 
 
 def gradcheck(run, inputs) -> bool:

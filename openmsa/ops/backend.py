@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from openmsa import native
+from openmsa.ops import gpu
 from openmsa.ops.native_calls import DTYPES
 
 BACKENDS = ("reference", "portable", "cpu", "triton")
@@ -16,39 +17,46 @@ def availability() -> dict[str, str | None]:
         "reference": None,
         "portable": None,
         "cpu": native.unavailable(),
-        "triton": "the Triton kernels are not part of this version",
+        "triton": gpu.unavailable(),
     }
 
 
-def choose(backend: str | None, device: torch.device | str, *dtypes: torch.dtype) -> str:
+def choose(
+    backend: str | None, device: torch.device | str, *dtypes: torch.dtype, index: bool = False
+) -> str:
     """The backend for tensors of `dtypes` on `device`: the one asked for; if None, the fastest
-    usable one.
+    usable one. index: only index scores are wanted, which triton also computes from fp8.
 
     Raises ValueError for an unknown name and for a backend that is not usable here.
     """
     if backend is None:
-        served = native.unavailable() is None and _why_not_cpu(device, dtypes) is None
-        return "cpu" if served and torch.device(device).type == "cpu" else "portable"
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(torch.device(device).type)
+        return fastest if fastest and not _why_not(fastest, device, dtypes, index) else "portable"
     if backend in ("reference", "portable"):
         return backend
-    reasons = availability()
-    usable = ", ".join(name for name, reason in reasons.items() if reason is None)
+    usable = ", ".join(name for name, reason in availability().items() if reason is None)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; usable on {device}: {usable}")
-    reason = reasons[backend] or _why_not_cpu(device, dtypes)
-    if reason is not None:
+    if (reason := _why_not(backend, device, dtypes, index)) is not None:
         raise ValueError(
             f"backend={backend!r} is not usable on {device}: {reason}; usable: {usable}"
         )
     return backend
 
 
-def _why_not_cpu(device: torch.device | str, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What the cpu backend refuses; tensors without memory (meta) have nothing to refuse."""
-    if torch.device(device).type not in ("cpu", "meta"):
-        return f"it reads tensors on the cpu, got {device}; move them or leave backend out"
+def _why_not(
+    backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...], index: bool
+) -> str | None:
+    """What `cpu` or `triton` refuses, or None; tensors without memory (meta) lie anywhere."""
+    if (reason := availability()[backend]) is not None:
+        return reason
+    here = "cpu" if backend == "cpu" or gpu.interpreted() else "cuda"
+    if torch.device(device).type not in (here, "meta"):
+        where = {"cpu": "the cpu", "cuda": "a GPU"}[here]
+        return f"it reads tensors on {where}, got {device}; move them or leave backend out"
+    takes = DTYPES if backend == "cpu" else gpu.INDEX_DTYPES if index else gpu.DTYPES
     for dtype in dtypes:
-        if dtype not in DTYPES:
-            names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        if dtype not in takes:
+            names = ", ".join(str(each).removeprefix("torch.") for each in takes)
             return f"it takes {names}, got {dtype}; convert, or ask for backend='portable'"
     return None

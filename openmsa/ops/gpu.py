@@ -1,4 +1,4 @@
-"""What the Triton kernels must know of a GPU before they are launched; nothing here waits for it."""
+"""What must be known of a GPU before Triton kernels are launched; nothing here waits for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (*DTYPES, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ A100 = Gpu(units=108, shared_bytes=166_912, capability=80)
 H200 = Gpu(units=132, shared_bytes=232_448, capability=90)
 B200 = Gpu(units=148, shared_bytes=232_448, capability=100)
 MI300X = Gpu(units=304, shared_bytes=65_536, hip=True, capability=94)
+# One program at a time: cutting small problems into many would only cost time.
+INTERPRETER = Gpu(units=1, shared_bytes=232_448)
 
 
 @cache
@@ -55,9 +60,9 @@ def interpreted() -> bool:
 
 @cache
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that holds a tensor; under the interpreter, an H200."""
+    """The GPU that holds a tensor, or the interpreter's stand-in."""
     if device.type != "cuda":
-        return H200
+        return INTERPRETER
     facts = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     shared = facts.shared_memory_per_block if hip else facts.shared_memory_per_block_optin

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from openmsa.ops.gpu import A100, B200, H200, MI300X, Gpu
+from openmsa.ops.gpu import A100, B200, H200, MI300X
 
 GPUS = {"sm_80": A100, "sm_90": H200, "sm_100": B200, "gfx942": MI300X}
 # Any of these is a product of matrices by the units made for it.

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.block_selection import cpu, portable, reference
+from openmsa.ops.block_selection import cpu, portable, reference, triton
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu, "triton": triton}
 
 
 def select_blocks(
@@ -35,7 +35,8 @@ def select_blocks(
     they use slots of `top_k`. index_scale multiplies the fp32 scores (default 1 / sqrt(d_index)).
     Equal scores go to the lower block number, NaN counts as the lowest score. Packed sequences:
     batch 1, cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]; their contents are checked on the
-    CPU only.
+    CPU only. float8_e4m3fn is read as it is: one scale for all keys belongs into index_scale, and
+    scales of single queries change no choice.
 
     Returns a Selection with blocks int32 [b, g, t, top_k], ascending, -1 at the end. It carries no
     gradient. Raises ValueError for arguments that do not fit together.
@@ -46,7 +47,8 @@ def select_blocks(
     checks.forced(local_blocks, sink_blocks, top_k)
     index_scale = checks.scale_or_default("index_scale", index_scale, q_index.shape[-1])
     cu_seqlens_q, cu_seqlens_k = checks.sequences(q_index, k_index, cu_seqlens_q, cu_seqlens_k)
-    run = _BACKENDS[backends.choose(backend, q_index.device, q_index.dtype)].select_blocks
+    chosen = backends.choose(backend, q_index.device, q_index.dtype, index=True)
+    run = _BACKENDS[chosen].select_blocks
     with no_autocast(q_index):
         blocks = run(
             q_index,

@@ -49,6 +49,8 @@ def _select(
         return blocks
     (b, t, g, d), s = q_index.shape, k_index.shape[1]
     gpu = gpu_of(q_index.device)
+    if q_index.dtype == torch.float8_e4m3fn and gpu.capability < 89:  # it has no fp8: exact in bf16
+        q_index, k_index = q_index.bfloat16(), k_index.bfloat16()
     q_index = q_index.contiguous()
     k_index = k_index if k_index.stride(2) == 1 or d == 1 else k_index.contiguous()
     shape = launch_shape(t * g, d, q_index.element_size(), block_size, top_k, gpu)
@@ -85,15 +87,22 @@ def launch_shape(
     rows: int, d: int, itemsize: int, block_size: int, top_k: int, gpu: Gpu
 ) -> dict[str, int]:
     """Rows and keys of a program's tile, its warps and stages, within the GPU's shared memory."""
-    wide = d > 128 or itemsize == 4
-    keys = min(64 if wide else 128, max(16, 1 << (block_size - 1).bit_length()))
-    many = 128 if top_k <= 32 and not wide else 64
-    rows = min(many, max(16, 1 << (rows - 1).bit_length()))
     dim = max(16, 1 << (d - 1).bit_length())
-    # Two programs share a unit: while one ranks its maxima, the other multiplies.
-    free = gpu.shared_bytes // (1 if gpu.hip else 2) - rows * dim * itemsize
-    stages = max(1, min(4, free // (keys * dim * itemsize)))
-    return {"ROWS": rows, "KEYS": keys, "num_warps": 4, "num_stages": int(stages)}
+    chunk = min(dim, 32 if itemsize == 4 and not gpu.hip else 256)
+    wide = dim * itemsize > 256
+    keys = 64 if wide or gpu.capability < 90 else 128
+    keys = min(keys, max(16, 1 << (block_size - 1).bit_length()))
+    most = 64 if wide or top_k > 32 else 128
+    rows = min(most, max(16, 1 << (rows - 1).bit_length()))
+    tile, resident = keys * dim * itemsize, rows * dim * itemsize
+    if chunk < dim:
+        tile, resident = tile + resident, 0
+    if gpu.hip:  # keys wait in registers and the queries stay there
+        stages = 2 if tile <= gpu.shared_bytes else 1
+    else:  # two programs share a unit: while one ranks its maxima, the other multiplies
+        stages = (gpu.shared_bytes // 2 - resident) // tile
+    shape = {"ROWS": rows, "KEYS": keys, "CHUNK": chunk, "num_warps": 8 if top_k > 32 else 4}
+    return {**shape, "num_stages": max(1, min(4, stages))}
 
 
 def _splits(tiles: int, blocks: int, top_k: int, gpu: Gpu) -> int:

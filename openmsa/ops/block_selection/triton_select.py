@@ -17,50 +17,64 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def best_of_block(
-    q, k_ptr, k_token, n, sk, position, scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+def scores_of(
+    q, q_at, k_at, q_mask, key_mask, CHUNK: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Largest score that each row sees in block n: [rows]. WHOLE: all rows see all of it."""
-    ROWS: tl.constexpr = q.shape[0]
+    """q [rows, DIM] . k [DIM, keys], CHUNK channels at a time: [rows, keys]. A chunk of q is read
+    again for every tile, so that its parts in tf32 need not stay in registers."""
     DIM: tl.constexpr = q.shape[1]
-    best = tl.full([ROWS], -INFINITY, tl.float32)
-    d = tl.arange(0, DIM)
-    first = k_ptr + tl.cast(n * BLOCK, tl.int64) * k_token
-    for part in tl.static_range((BLOCK + KEYS - 1) // KEYS):
-        place = part * KEYS + tl.arange(0, KEYS)
-        key = n * BLOCK + place
-        wanted = (place < BLOCK) & (key < sk)
-        at = first + place[None, :] * k_token + d[:, None]
-        if WHOLE and BLOCK % KEYS == 0 and DIM == D:
-            k = tl.load(at)
+    d = tl.arange(0, CHUNK)
+    scores = tl.zeros([q.shape[0], k_at.shape[1]], tl.float32)
+    for start in tl.static_range(0, DIM, CHUNK):
+        if WHOLE and DIM == D:
+            k = tl.load(k_at + start)
         else:
-            k = tl.load(at, mask=wanted[None, :] & (d < D)[:, None], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-        if SCALE_FIRST:
-            scores *= scale
-        if not WHOLE:
-            seen = wanted[None, :] & (key[None, :] <= position[:, None])
-            scores = tl.where(seen, scores, -INFINITY)
-        elif BLOCK % KEYS != 0:
-            scores = tl.where((place < BLOCK)[None, :], scores, -INFINITY)
-        best = tl.maximum(best, tl.max(scores, 1))  # the larger number; NaN never is
-    if SCALE_FIRST:
-        return best
-    return best * scale
+            k = tl.load(k_at + start, mask=key_mask & (start + d < D)[:, None], other=0.0)
+        if CHUNK < DIM:
+            q = tl.load(q_at + start, mask=q_mask & (start + d < D)[None, :], other=0.0)
+        scores = tl.dot(q, k.to(q.dtype), scores, input_precision=PRECISION)
+    return scores
 
 
 @triton.jit
-def keep(kept, best, n, position, local_blocks, sink_blocks, BLOCK: tl.constexpr):
-    """Offer block n with the scores `best` [rows] to the lists `kept` [K, rows]."""
+def best_of_tile(
+    query, k_ptr, k_token, tile, sk, position, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Largest score that each row sees in a tile of keys: [rows]. WHOLE: all rows see all of it."""
+    q, q_at, q_mask = query
+    PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
+    n, place = tile // PARTS, tile % PARTS * KEYS + tl.arange(0, KEYS)
+    key = n * BLOCK + place
+    wanted = (place < BLOCK) & (key < sk)
+    d = tl.arange(0, CHUNK)
+    k_at = k_ptr + tl.cast(n * BLOCK, tl.int64) * k_token + place[None, :] * k_token + d[:, None]
+    EVEN: tl.constexpr = BLOCK % KEYS == 0
+    mask = wanted[None, :]
+    scores = scores_of(q, q_at, k_at, q_mask, mask, CHUNK, D, WHOLE and EVEN, PRECISION)
+    if SCALE_FIRST:
+        scores *= scale
+    if not WHOLE:
+        seen = wanted[None, :] & (key[None, :] <= position[:, None])
+        scores = tl.where(seen, scores, -INFINITY)
+    elif not EVEN:
+        scores = tl.where((place < BLOCK)[None, :], scores, -INFINITY)
+    best = tl.max(scores, 1)
+    return best if SCALE_FIRST else best * scale
+
+
+@triton.jit
+def keep(kept, best, n, last, position, local_blocks, sink_blocks, BLOCK: tl.constexpr):
+    """Offer block n with the scores `best` [rows] to the lists `kept` [K, rows]; only if `last`."""
     best = tl.where(best == 0, 0.0, best)  # -0 equals +0
     bits = best.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & LAST)  # bits of negative floats descend
     forced = (n > position // BLOCK - local_blocks) | (n < sink_blocks)
     order = tl.where(forced, LAST, order)
     candidate = (order.to(tl.int64) << 32) | (LAST - n)
-    candidate = tl.where(n * BLOCK <= position, candidate, LOWEST)
+    candidate = tl.where((n * BLOCK <= position) & last, candidate, LOWEST)
     smallest = tl.min(kept, 0)
     taken = (kept == smallest[None, :]) & (candidate > smallest)[None, :]
     return tl.where(taken, candidate[None, :], kept)
@@ -68,12 +82,16 @@ def keep(kept, best, n, position, local_blocks, sink_blocks, BLOCK: tl.constexpr
 
 @triton.jit
 def in_block_order(kept, TOP_K: tl.constexpr):
-    """Lists [K, rows] of candidates -> block numbers [rows, K], ascending, -1 at the end."""
+    """Lists [K, rows] of candidates -> block numbers [K, rows], ascending, -1 at the end."""
     slot = tl.arange(0, kept.shape[0])[:, None]
     real = (slot < TOP_K) & ((kept >> 32) != FIRST)
     block = tl.where(real, LAST - (kept & LAST).to(tl.int32), LAST)
-    block = tl.sort(tl.trans(block), 1)
-    return tl.where(block == LAST, -1, block)
+    ordered = block
+    for i in range(TOP_K):
+        smallest = tl.min(block, 0)[None, :]
+        ordered = tl.where(slot == i, smallest, ordered)
+        block = tl.where(block == smallest, LAST, block)
+    return tl.where(ordered == LAST, -1, ordered)
 
 
 @triton.jit
@@ -84,15 +102,37 @@ def empty_lists(K: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr):
 
 
 @triton.jit
+def visit(
+    kept, best, query, k_ptr, k_token, begin, end, sk, position, scale, local_blocks,
+    sink_blocks, D: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Score the tiles begin ... end - 1 and offer their blocks to `kept`."""
+    PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
+    for tile in range(begin, end):
+        new = best_of_tile(
+            *(query, k_ptr, k_token, tile, sk, position, scale),
+            *(D, BLOCK, KEYS, CHUNK, WHOLE, SCALE_FIRST, PRECISION),
+        )
+        # The larger number, which NaN never is.
+        best = tl.maximum(new, tl.where(tile % PARTS == 0, -INFINITY, best))
+        last = tile % PARTS == PARTS - 1
+        kept = keep(kept, best, tile // PARTS, last, position, local_blocks, sink_blocks, BLOCK)
+    return kept, best
+
+
+@triton.jit
 def select_kernel(
     q_ptr, k_ptr, out_ptr, tiles_ptr, t, s, k_batch, k_token, scale, local_blocks, sink_blocks,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SCALE_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q [b, t * g, di], k [b, s, di] -> blocks int32 [b, g, t, TOP_K], or, if `out` is int64, the
     candidates of one split [b, t * g, splits, TOP_K]. Grid: tiles of rows, b, splits."""
-    DIM: tl.constexpr = max(16, triton.next_power_of_2(D))
+    DIM: tl.constexpr = triton.next_power_of_2(D) if D > 16 else 16
     K: tl.constexpr = triton.next_power_of_2(TOP_K)
+    PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     batch, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     q0, tq, k0, sk = 0, t, 0, s
@@ -105,8 +145,9 @@ def select_kernel(
     here = row < tq * GROUPS
     flat = (batch.to(tl.int64) * t + q0) * GROUPS + row
     d = tl.arange(0, DIM)
-    at = q_ptr + flat[:, None] * D + d[None, :]
-    q = tl.load(at, mask=here[:, None] & (d < D)[None, :], other=0.0)
+    at = q_ptr + flat[:, None] * D
+    q = tl.load(at + d[None, :], mask=here[:, None] & (d < D)[None, :], other=0.0)
+    query = q, at + tl.arange(0, CHUNK)[None, :], here[:, None]
     k_ptr += batch.to(tl.int64) * k_batch + tl.cast(k0, tl.int64) * k_token
 
     first = sk - tq + tile * ROWS // GROUPS
@@ -115,28 +156,26 @@ def select_kernel(
     share = (blocks + splits - 1) // splits
     n0 = split * share
     n1 = min(n0 + share, blocks)
-    whole = max(n0, min((first + 1) // BLOCK, n1))
-    kept = empty_lists(K, ROWS, TOP_K)
-    for n in range(n0, whole):
-        best = best_of_block(
-            q, k_ptr, k_token, n, sk, position, scale, D, BLOCK, KEYS, True, SCALE_FIRST, PRECISION
-        )
-        kept = keep(kept, best, n, position, local_blocks, sink_blocks, BLOCK)
-    for n in range(whole, n1):
-        best = best_of_block(
-            q, k_ptr, k_token, n, sk, position, scale, D, BLOCK, KEYS, False, SCALE_FIRST, PRECISION
-        )
-        kept = keep(kept, best, n, position, local_blocks, sink_blocks, BLOCK)
+    whole = max(n0, min((first + 1) // BLOCK, n1))  # all rows see the blocks before this one
+    kept, best = empty_lists(K, ROWS, TOP_K), tl.full([ROWS], -INFINITY, tl.float32)
+    kept, best = visit(
+        *(kept, best, query, k_ptr, k_token, n0 * PARTS, whole * PARTS, sk, position, scale),
+        *(local_blocks, sink_blocks, D, BLOCK, KEYS, CHUNK, True, SCALE_FIRST, PRECISION),
+    )
+    kept, best = visit(
+        *(kept, best, query, k_ptr, k_token, whole * PARTS, n1 * PARTS, sk, position, scale),
+        *(local_blocks, sink_blocks, D, BLOCK, KEYS, CHUNK, False, SCALE_FIRST, PRECISION),
+    )
 
-    slot = tl.arange(0, K)
+    slot = tl.arange(0, K)[:, None]
+    wanted = here[None, :] & (slot < TOP_K)
     if out_ptr.dtype.element_ty == tl.int64:
-        at = out_ptr + ((flat * splits + split) * TOP_K)[None, :] + slot[:, None]
-        tl.store(at, kept, mask=here[None, :] & (slot < TOP_K)[:, None])
+        place = flat * splits + split
+        tl.store(out_ptr + place[None, :] * TOP_K + slot, kept, mask=wanted)
     else:
-        where = (batch.to(tl.int64) * GROUPS + row % GROUPS) * t + q0 + row // GROUPS
-        at = out_ptr + (where * TOP_K)[:, None] + slot[None, :]
-        mask = here[:, None] & (slot < TOP_K)[None, :]
-        tl.store(at, in_block_order(kept, TOP_K), mask=mask)
+        place = (batch.to(tl.int64) * GROUPS + row % GROUPS) * t + q0 + row // GROUPS
+        ordered = in_block_order(kept, TOP_K)
+        tl.store(out_ptr + place[None, :] * TOP_K + slot, ordered, mask=wanted)
 
 
 @triton.jit
@@ -144,8 +183,7 @@ def merge_kernel(
     candidates_ptr, out_ptr, t, splits,
     GROUPS: tl.constexpr, TOP_K: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Candidates int64 [b, t * g, splits, TOP_K] -> blocks int32 [b, g, t, TOP_K]. Grid: t * g, b.
-    """
+    """int64 [b, t * g, splits, TOP_K] -> blocks int32 [b, g, t, TOP_K]. Grid: t * g, b."""
     K: tl.constexpr = triton.next_power_of_2(TOP_K)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     of_row = tl.arange(0, CANDIDATES)
@@ -159,5 +197,4 @@ def merge_kernel(
         kept = tl.where(slot == i, best, kept)
         candidates = tl.where(candidates == best, LOWEST, candidates)
     at = out_ptr + ((batch * GROUPS + row % GROUPS) * t + row // GROUPS) * TOP_K + slot
-    chosen = in_block_order(kept[:, None], TOP_K)
-    tl.store(at[None, :], chosen, mask=(slot < TOP_K)[None, :])
+    tl.store(at[:, None], in_block_order(kept[:, None], TOP_K), mask=(slot < TOP_K)[:, None])
