@@ -7,7 +7,7 @@ namespace OPENMSA_ISA {
 namespace {
 
 constexpr int64_t TILE = 128;        // keys at once
-constexpr int64_t PANEL = 128;       // rows (a token, a head) at once
+constexpr int64_t PANEL = 64;       // rows (a token, a head) at once
 constexpr int64_t CHUNK = 4096;      // rows that a tile of keys meets before the next tile
 constexpr int64_t WAVE = 128 << 20;  // bytes of lists and delta at once
 

@@ -103,27 +103,44 @@ struct Weigh {
   }
 };
 
-// Adds a product to rows of `c`, those at `place` if it is given. To start from what is there would make one
-// long chain of sums, whose roundings add up.
-struct Add {
+// Sums in rows of `c`, those at `place` if it is given. A product is added to them when it is done: to start from
+// what is there would make one long chain of sums, whose roundings add up. Its beginning asks for them.
+struct Sums {
   float* c;
   int64_t step;
   const int64_t* place;
+  OPENMSA_INLINE float* at(const Sums& to, int64_t row, int64_t column) {
+    return to.c + (to.place ? to.place[row] : row) * to.step + column;
+  }
+};
+struct Fetch {
+  Sums to;
+  template <int R, int N>
+  inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < N; ++j) {
+        if (j * W % 16 == 0) __builtin_prefetch(Sums::at(to, row + i, column + j * W), 1);
+        sums[i][j] = zero();
+      }
+  }
+};
+struct Add {
+  Sums to;
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i) {
-      float* there = c + (place ? place[row + i] : row + i) * step + column;
+      float* there = Sums::at(to, row + i, column);
       for (int j = 0; j < N; ++j) store(there + j * W, add(load(there + j * W), sums[i][j]));
     }
   }
 };
 
 template <class Unit>
-__attribute__((noinline)) void accumulate(const Operands<Unit>& x, const Add& add) {
+__attribute__((noinline)) void accumulate(const Operands<Unit>& x, const Sums& to) {
   const int64_t chain = UnitOf<Unit>::width == 1 ? CHAIN : x.n;
   for (int64_t u = 0; u < x.n; u += chain)
     product<Unit>({x.a + u, x.a_step, x.rows, x.b + u * x.b_step, x.b_step, x.columns, smaller(chain, x.n - u)},
-                  FromZero{}, add);
+                  Fetch{to}, Add{to});
 }
 
 }  // namespace
