@@ -22,13 +22,17 @@ struct Fold {
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&sums)[R][N], int64_t key, int64_t column) const {
     if (limit)
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
         for (int j = 0; j < N; ++j)
           sums[i][j] = where_le(all(float(key + i)), load(limit + column + j * W), sums[i][j], all(-INF));
     const bool together = block[key] == block[key + R - 1];
     float* to = best + block[key] * step + column;
+#pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
       V most = load(to + j * W);
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         if (!together && i > 0 && block[key + i] != block[key + i - 1]) {
           store(best + block[key + i - 1] * step + column + j * W, most);
@@ -88,14 +92,23 @@ inline void score_many(const Job<Unit>& job, const Chunk& c, int64_t from, int64
 }
 
 // K keys with R rows: lane i * R + r is the score of key i with row r. Of fewer keys the last stands for the rest.
+// Keys may be units, or halves that are widened on the way.
 constexpr int R = 4, K = W / R;
-template <class Unit>
-OPENMSA_INLINE V score_tile(const Unit* rows, int64_t lead, const Unit* keys, int64_t step, int64_t n) {
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+OPENMSA_INLINE V lanes(const Bf16* x) { return load_bf16(&x->bits); }
+OPENMSA_INLINE V lanes(const F16* x) { return load_f16(&x->bits); }
+template <class Unit, class Key>
+OPENMSA_INLINE V score_tile(const Unit* rows, int64_t lead, const Key* keys, int64_t step, int64_t n) {
   V sums[W];
   for (int i = 0; i < W; ++i) sums[i] = zero();
-  const Unit* key[K];
+  const Key* key[K];
   for (int i = 0; i < K; ++i) key[i] = keys + smaller(i, n - 1) * step;
-  const Unit* ahead = step == lead ? keys + K * step : keys;  // the next keys, in the order of their addresses
+  const Key* ahead = step == lead ? keys + K * step : keys;  // the next keys, in the order of their addresses
   for (int64_t u = 0; u < lead; u += W) {
     decltype(lanes(rows)) left[R];
     for (int r = 0; r < R; ++r) left[r] = lanes(rows + r * lead + u);
@@ -108,17 +121,18 @@ OPENMSA_INLINE V score_tile(const Unit* rows, int64_t lead, const Unit* keys, in
   return sums_of(sums);
 }
 
-// The last of n keys that each row sees, for the lanes of its group; n - 1 for rows that are not there.
-template <class Unit>
-inline void limit_lanes(const Job<Unit>& job, const Chunk& c, int64_t key, int64_t n, float* limit) {
-  for (int64_t i = 0; i < FEW * K; ++i) {
-    const int64_t row = i / W * R + i % R;
-    limit[i] = float(row < c.count ? smaller(position(job, c, c.first + row) - key, n - 1) : n - 1);
+template <class Key, class Unit>
+inline const Key* few_keys(const Job<Unit>& job, const Chunk& c, int64_t key, int64_t n, Unit* room, int64_t* step) {
+  if constexpr (sizeof(Key) == sizeof(Unit)) {
+    return keys(job, c, key, n, room, step);
+  } else {
+    *step = job.a->k_index.stride[1];
+    return reinterpret_cast<const Key*>(at(job.a->k_index, c.x.batch, c.x.k0 + key, 0));
   }
 }
 
 // Maxima of the same blocks for few rows: each key is read once, as it lies.
-template <class Unit>
+template <class Key, class Unit>
 inline void score_few(const Job<Unit>& job, const Chunk& c, int64_t from, int64_t to, float* best, char* memory) {
   const int64_t block_size = job.a->block_size, last = position(job, c, c.first + c.count - 1);
   const int64_t groups = (c.count + R - 1) / R;
@@ -126,16 +140,18 @@ inline void score_few(const Job<Unit>& job, const Chunk& c, int64_t from, int64_
   Unit* queries = take<Unit>(memory, FEW * job.lead);
   std::memset(static_cast<void*>(queries), 0, size_t(FEW * job.lead) * 4);
   pack_queries(job, c, c.first, c.count, queries);
-  alignas(64) float number[W], limit[FEW * K], most[FEW * K];
+  alignas(64) float number[W], limit[FEW * K], most[FEW * K];  // of a lane: its key, the last it sees, the maximum
+  int64_t seen[FEW * K];
   for (int64_t i = 0; i < W; ++i) number[i] = float(i / R);
+  for (int64_t i = 0; i < FEW * K; ++i) seen[i] = position(job, c, c.first + smaller(i / W * R + i % R, c.count - 1));
   for (int64_t j = from; j < to; ++j) {
     for (int64_t i = 0; i < FEW * K; i += W) store(most + i, all(-INF));
     const int64_t end = smaller((j + 1) * block_size, last + 1);
     for (int64_t key = j * block_size, n; key < end; key += n) {
       n = smaller(job.take, end - key);
-      limit_lanes(job, c, key, n, limit);
+      for (int64_t i = 0; i < groups * W; ++i) limit[i] = float(smaller(seen[i] - key, n - 1));
       int64_t step;
-      const Unit* rows = keys(job, c, key, n, room, &step);
+      const Key* rows = few_keys<Key>(job, c, key, n, room, &step);
       for (int64_t i = 0; i < n; i += K)
         for (int64_t group = 0; group < groups; ++group) {
           const V score = score_tile(queries + group * R * job.lead, job.lead, rows + i * step, step, n - i);
@@ -179,10 +195,13 @@ inline void choose_all(const Job<Unit>& job, const Chunk& c, float* best, char* 
 
 template <class Unit>
 inline void score(const Job<Unit>& job, const Chunk& c, int64_t from, int64_t to, float* best, char* memory) {
-  if (c.x.t * job.g <= FEW)
-    score_few(job, c, from, to, best, memory);
-  else
-    score_many(job, c, from, to, best, memory);
+  if (c.x.t * job.g > FEW) return score_many(job, c, from, to, best, memory);
+  if constexpr (UnitOf<Unit>::width == 1) {
+    const Kind kind = job.a->k_index.kind;
+    if (job.dense && kind == Kind::bf16) return score_few<Bf16>(job, c, from, to, best, memory);
+    if (job.dense && kind == Kind::f16) return score_few<F16>(job, c, from, to, best, memory);
+  }
+  score_few<Unit>(job, c, from, to, best, memory);
 }
 template <class Unit>
 void whole_chunk(void* context, int64_t task, int worker) {
@@ -223,9 +242,9 @@ inline bool run(const SelectArguments& a) {
   job.scale = a.index_scale < 0 ? -a.index_scale : a.index_scale > 0 ? a.index_scale : 1.0f;
   const int64_t parts = (a.block_size + PIECE - 1) / PIECE;
   job.take = parts > 1 ? (a.block_size + parts - 1) / parts : PIECE / a.block_size * a.block_size;
-  job.in_place = k.kind == kind && k.stride[3] == 1 && job.d % (PAD * UnitOf<Unit>::width) == 0 &&
-                 k.stride[0] % UnitOf<Unit>::width == 0 && k.stride[1] % UnitOf<Unit>::width == 0 &&
-                 reinterpret_cast<uintptr_t>(k.data) % 4 == 0;
+  job.dense = k.stride[3] == 1 && job.d % (PAD * UnitOf<Unit>::width) == 0;
+  job.in_place = job.dense && k.kind == kind && k.stride[0] % UnitOf<Unit>::width == 0 &&
+                 k.stride[1] % UnitOf<Unit>::width == 0 && reinterpret_cast<uintptr_t>(k.data) % 4 == 0;
 
   const int64_t best_bytes = cut.best_size() * 4;
   const int64_t own = (larger(job.take, PANEL) + larger(cut.columns, FEW)) * job.lead * 4 + job.take * 4 +

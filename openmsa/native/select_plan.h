@@ -46,7 +46,7 @@ struct Job {
   const SelectArguments* a;
   Cut cut;
   int64_t d, g, lead, take;  // take: keys at once
-  bool in_place;             // keys are read where they are
+  bool dense, in_place;      // a key's channels lie together and fill their lanes; and are units where they are
   float scale;
   char* shared;      // maxima of the chunks of a wave, if a chunk has several ranges
   int64_t wave;      // its first chunk

@@ -58,7 +58,10 @@ OPENMSA_INLINE V scale2(V p, V n) {
 constexpr float LOWEST_POWER = -127.0f;
 
 OPENMSA_INLINE V load_bf16(const uint16_t* x) {
-  return V{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  return (V)(__builtin_convertvector(halves, Whole) << 16);
 }
 OPENMSA_INLINE V load_f16(const uint16_t* x) {
   return V{from_f16(x[0]), from_f16(x[1]), from_f16(x[2]), from_f16(x[3])};
