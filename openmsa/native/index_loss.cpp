@@ -18,7 +18,7 @@ namespace openmsa {
 namespace OPENMSA_ISA {
 namespace {
 
-constexpr int64_t TILE = 128, STRETCH_BYTES = 64 << 20, PIECE_BYTES = 1 << 20;
+constexpr int64_t TILE = 128, STRETCH_BYTES = 64 << 20, PIECE_BYTES = 1 << 20;  // of dY, and of packed queries
 
 struct Piece {
   Sequence x;
@@ -42,7 +42,7 @@ struct Plan {
   int64_t chunk, batch, dy_step;      // tokens of a piece, tokens multiplied at once, units of a row of dY
   int64_t pieces, slot_bytes, slots;
 
-  template <class Side>
+  template <class Main, class Side>
   static Plan of(const IndexLossArguments& x);
   int64_t chunks(const Sequence& q) const { return (q.t + chunk - 1) / chunk; }
   Tile find(const Piece& piece, int64_t number, int64_t part) const;
@@ -51,7 +51,7 @@ struct Plan {
   }
 };
 
-template <class Side>
+template <class Main, class Side>
 Plan Plan::of(const IndexLossArguments& x) {
   const int64_t t = x.q.size[1], s = x.k.size[1], h = x.q.size[2], g = x.k.size[2];
   Plan p{x, x.dq || x.dk, t, s, g, h / g, x.q.size[3], x.q_index.size[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
@@ -67,7 +67,8 @@ Plan Plan::of(const IndexLossArguments& x) {
   // Long chunks share packed keys among more readers; short ones keep pieces small and many.
   const int64_t read_bytes = p.wanted ? 4 + p.dy_step * 4 : 4, token_bytes = larger(p.reads * read_bytes, 1);
   const int64_t fair = larger(64, smaller(256, x.q.size[0] * t * g / 64));
-  p.chunk = larger(smaller(fair, PIECE_BYTES / token_bytes), 8);
+  const int64_t query_bytes = p.r * lead<Main>(p.d) * 4;
+  p.chunk = larger(smaller(fair, PIECE_BYTES / larger(token_bytes, query_bytes)), 8);
   p.chunk = larger(smaller(smaller(p.chunk, STRETCH_BYTES / token_bytes), queries), 1);
   p.batch = smaller(larger(smaller(192 / p.r, 64), 1), p.chunk);
   p.pieces = g * count_tasks(x.borders, x.q.size[0], t, s, [&](const Sequence& q) { return p.chunks(q); });
@@ -121,6 +122,19 @@ struct Keys {
     return {queries, step, n, across, padded(at.keys), columns, units<Unit>(d)};
   }
 };
+
+// The packed queries, `units` each, of tokens in ascending order: where they lie if they are neighbours, otherwise
+// copied to `room`.
+template <class Unit>
+const Unit* side_by_side(const Unit* queries, int64_t units, const int32_t* tokens, int64_t n, int64_t from, Unit* room) {
+  if (tokens[n - 1] - tokens[0] == n - 1) return queries + (tokens[0] - from) * units;
+  for (int64_t i = 0; i < n; ++i) {
+    const float* own = reinterpret_cast<const float*>(queries + (tokens[i] - from) * units);
+    float* to = reinterpret_cast<float*>(room + i * units);
+    for (int64_t j = 0; j < units; j += W) store(to + j, load(own + j));
+  }
+  return room;
+}
 
 // Adds the exponentials of a product's rows to a sum per token, r rows after another. As exact as `Unit`, that
 // of the student, asks for.
@@ -209,8 +223,8 @@ struct Worker {
   const IndexLossArguments& x;
   Keys<Main> keys;
   Keys<Side> keys_index;
-  Main* q;
-  Side *q_index, *along;
+  Main *q, *some_q;  // of the piece, of a batch
+  Side *q_index, *some_q_index, *along;
   float *scores, *t, *y, *dy, *poison, *shift, *lse, *lse_index, *dq;
   int32_t* place;
   Sum *sums, *sums_index;
@@ -219,8 +233,10 @@ struct Worker {
   Worker(const Plan& plan, char* memory)
       : p(plan), x(plan.x), keys(memory, p.width, p.d), keys_index(memory, p.width, p.di) {
     const int64_t rows = p.batch * p.r;
-    q = take<Main>(memory, rows * keys.step);
-    q_index = take<Side>(memory, p.batch * keys_index.step);
+    q = take<Main>(memory, p.chunk * p.r * keys.step);
+    some_q = take<Main>(memory, rows * keys.step);
+    q_index = take<Side>(memory, p.chunk * keys_index.step);
+    some_q_index = take<Side>(memory, p.batch * keys_index.step);
     along = take<Side>(memory, units<Side>(p.width) * padded(p.di));
     scores = take<float>(memory, x.lse ? 0 : rows * p.width);
     t = take<float>(memory, p.batch * p.width);
@@ -239,6 +255,7 @@ struct Worker {
 
   void run(Piece& piece) {
     find_who_reads(piece);
+    pack_queries(piece);
     for (int64_t row = 0; row < p.batch * p.r; ++row) place[row] = int32_t(row / p.r * p.width);
     normalise(piece);
     piece.loss = 0;
@@ -277,21 +294,21 @@ struct Worker {
   }
   int64_t visible(const Piece& piece, const Tile& at, int64_t token) const { return p.visible(piece, at, token); }
 
-  void pack_main(const Piece& piece, const int32_t* tokens, int64_t n) {
+  void pack_queries(const Piece& piece) {
+    const int64_t b = piece.x.batch, first = piece.x.q0 + piece.from, n = piece.to - piece.from;
+    pack_rows(x.q_index, b, first, piece.group, n, q_index);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t head = 0; head < p.r; ++head)
-        pack_row(at(x.q, piece.x.batch, piece.x.q0 + tokens[i], piece.group * p.r + head), x.q.kind,
-                 x.q.stride[3], p.d, q + (i * p.r + head) * keys.step);
+        pack_row(at(x.q, b, first + i, piece.group * p.r + head), x.q.kind, x.q.stride[3], p.d,
+                 q + (i * p.r + head) * keys.step);
   }
   void poison_rows(float* rows, int64_t n, int64_t columns) const {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < columns; ++j) rows[i * p.width + j] += poison[j];
   }
   void score_index(const Piece& piece, const Tile& tile, const int32_t* tokens, int64_t n, int64_t columns) {
-    for (int64_t i = 0; i < n; ++i)
-      pack_row(at(x.q_index, piece.x.batch, piece.x.q0 + tokens[i], piece.group), x.q_index.kind,
-               x.q_index.stride[3], p.di, q_index + i * keys_index.step);
-    product(keys_index.against(q_index, n, tile, columns), FromZero{}, StoreScaled{y, p.width, x.index_scale});
+    const Side* own = side_by_side(q_index, keys_index.step, tokens, n, piece.from, some_q_index);
+    product(keys_index.against(own, n, tile, columns), FromZero{}, StoreScaled{y, p.width, x.index_scale});
   }
 
   // The logarithms of the sums of exponentials: lse_index, and lse where none came with the call.
@@ -318,8 +335,8 @@ struct Worker {
       for (int64_t i = 0; i < n; ++i)
         sums_index[tokens[i] - piece.from].include(y + i * p.width, visible(piece, tile, tokens[i]));
       if (x.lse) return;
-      pack_main(piece, tokens, n);
-      product(keys.against(q, n * p.r, tile, columns), FromZero{}, StoreScaled{scores, p.width, x.scale});
+      const Main* own = side_by_side(q, p.r * keys.step, tokens, n, piece.from, some_q);
+      product(keys.against(own, n * p.r, tile, columns), FromZero{}, StoreScaled{scores, p.width, x.scale});
       if (spoilt) poison_rows(scores, n * p.r, columns);
       for (int64_t row = 0; row < n * p.r; ++row) {
         const int64_t token = tokens[row / p.r];
@@ -337,12 +354,12 @@ struct Worker {
     over_batches(piece, tile, [&](int64_t from, int64_t n, const int32_t* tokens, int64_t columns) {
       score_index(piece, tile, tokens, n, columns);
       if (spoilt) poison_rows(y, n, columns);
-      pack_main(piece, tokens, n);
+      const Main* own = side_by_side(q, p.r * keys.step, tokens, n, piece.from, some_q);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t head = 0; head < p.r; ++head) shift[i * p.r + head] = lse[(tokens[i] - piece.from) * p.r + head];
       std::memset(t, 0, size_t(n * p.width) * 4);
       const AddPowers<Side> powers{t, place, shift, x.scale * EXP_UNIT<Side>};
-      product(keys.against(q, n * p.r, tile, columns), FromZero{}, powers);
+      product(keys.against(own, n * p.r, tile, columns), FromZero{}, powers);
       Side* made = rows + from * p.dy_step;
       V kl = zero();
       for (int64_t i = 0; i < n; ++i) {
@@ -486,7 +503,7 @@ void start(const IndexLossArguments& x) {
 
 template <class Main, class Side>
 bool run(const IndexLossArguments& x) {
-  const Plan p = Plan::of<Side>(x);
+  const Plan p = Plan::of<Main, Side>(x);
   start(x);
   if (p.pieces == 0) return true;
   char* const nowhere = reinterpret_cast<char*>(64);
