@@ -13,7 +13,7 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 
 # Multiply-adds may fuse: one rounding less. Nothing else of IEEE is given up, since NaN and -inf
 # carry meaning here; errno and floating-point traps do not.
-set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+set(kernel_flags $<IF:$<BOOL:${OPENMSA_SANITIZE}>,-O1,-O3> -ffp-contract=fast -fno-math-errno -fno-trapping-math
                  -fno-exceptions -fno-rtti -Wall -Wextra
                  $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # false in gcc 12's own headers
 set(flags_avx2 -mavx2 -mfma -mf16c)
@@ -28,7 +28,7 @@ set(probe_avx512bf16
 
 if(OPENMSA_SANITIZE)
   add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=undefined
-                      -fno-omit-frame-pointer -g)
+                      -fno-omit-frame-pointer -g1)
   add_link_options(-fsanitize=address,undefined)
 endif()
 
