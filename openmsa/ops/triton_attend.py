@@ -32,6 +32,7 @@ from openmsa.ops.triton_rows import (
     rows_of,
     seen,
     side_by_side,
+    span_of,
     step_of,
 )
 from openmsa.ops.triton_tiles import Members, Places
@@ -51,7 +52,7 @@ def read_keys(
     acc = tl.zeros((query.shape[0], S.DV), tl.float32)
     stages: tl.constexpr = 1 if CAREFUL else None
     for i in tl.range(begin * (S.BN // N), end * (S.BN // N), num_stages=stages):
-        first, offset, bits = step_of(i, members, reads, lo, N, S)
+        first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
         size: tl.constexpr = S.BN if S.whole else S.block
         inside = key < tl.minimum(last + 1 - first, size)
@@ -66,7 +67,7 @@ def read_keys(
             x += spoilt[None, :]
         else:
             low = tl.minimum(low, tl.min(x, 1))
-        floor, edge = edges(first, bits, slot, start, position, S)
+        floor, edge = edges(mark, bits, slot, start, position, S)
         x = tl.where(seen(key, floor, edge, S), x, float("-inf"))
         higher = tl.maximum(top, tl.max(x, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -87,14 +88,12 @@ def attend(q, k, v, out, lse, members, places, strides, batches, t, splits, scal
     tile, part, group, program = locate(t, S)
     batch, split = program % batches, program // batches
     slot, token, head, there = rows_of(tile, part, group, t, S)
-    start = tl.load(places.start + token, mask=token < t, other=1 << 62)
-    position = tl.load(places.position + token, mask=token < t, other=-1)
+    start, position, lo, last = span_of(places, token, t, S)
     query = load_rows(q, strides.q, batch, token, head, there, S.d, S.D)
     kv_head = group * S.kv_heads // S.groups
     k += batch * strides.k[0] + kv_head * strides.k[2]
     v += batch * strides.v[0] + kv_head * strides.v[2]
 
-    lo, last = tl.min(start, 0), tl.max(position, 0)
     tile_of_all = (batch * S.groups + group) * tl.cdiv(t, S.rows.tokens) + tile
     if S.whole:
         reads, steps = 0, tl.cdiv(last + 1 - lo, S.BN).to(tl.int32)
@@ -182,7 +181,7 @@ def forward(
     tiles = triton.cdiv(t, shape.rows.tokens)
     grid = (tiles * shape.rows.parts * shape.groups * b * splits,)
     strides = Strides(q.stride()[:3], k.stride()[:3], v.stride()[:3])
-    reads = reads_of(members, lse)
+    reads = reads_of(members, k.shape[1], shape, lse)
     scale = scale * math.log2(math.e)
     attend[grid](
         q, k, v, parts, stats, reads, places, strides, b, t, splits, scale, shape, **launch

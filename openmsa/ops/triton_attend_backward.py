@@ -30,6 +30,7 @@ from openmsa.ops.triton_rows import (
     rows_of,
     seen,
     side_by_side,
+    span_of,
     step_of,
 )
 from openmsa.ops.triton_tiles import Members, Places
@@ -47,7 +48,7 @@ def add_keys(
     stages: tl.constexpr = 1 if CAREFUL else None
     acc = tl.zeros((query.shape[0], S.D), tl.float32)
     for i in tl.range(0, steps * (S.BN // N), num_stages=stages):
-        first, offset, bits = step_of(i, members, reads, lo, N, S)
+        first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
         size: tl.constexpr = S.BN if S.whole else S.block
         inside = key < tl.minimum(last + 1 - first, size)
@@ -60,7 +61,7 @@ def add_keys(
         x = tl.dot(query, tl.trans(keys), input_precision=S.precision) * (scale * LOG2E)
         p = tl.exp2(x - stat[:, None])
         dp = tl.dot(slope, tl.trans(values), input_precision=S.precision)
-        floor, edge = edges(first, bits, slot, start, position, S)
+        floor, edge = edges(mark, bits, slot, start, position, S)
         dx = tl.where(seen(key, floor, edge, S), p * (dp - delta[:, None]), 0.0)
         acc = tl.dot(dx.to(keys.dtype), keys, acc, input_precision=S.precision)
     return acc
@@ -74,8 +75,7 @@ def tile_gradients(
     """One program per tile: dq [b, t, h, d], and delta = sum of dout out, [b, t, h]."""
     tile, part, group, batch = locate(t, S)
     slot, token, head, there = rows_of(tile, part, group, t, S)
-    start = tl.load(places.start + token, mask=token < t, other=1 << 62)
-    position = tl.load(places.position + token, mask=token < t, other=-1)
+    start, position, lo, last = span_of(places, token, t, S)
     query = load_rows(q, strides.q, batch, token, head, there, S.d, S.D)
     row = (batch * t + token) * S.heads + head
     column = tl.arange(0, S.DV)
@@ -90,7 +90,6 @@ def tile_gradients(
     kv_head = group * S.kv_heads // S.groups
     k += batch * strides.k[0] + kv_head * strides.k[2]
     v += batch * strides.v[0] + kv_head * strides.v[2]
-    lo, last = tl.min(start, 0), tl.max(position, 0)
     if S.whole:
         reads, steps = 0, tl.cdiv(last + 1 - lo, S.BN).to(tl.int32)
     else:
@@ -120,10 +119,7 @@ def readers_of(i, end, part, group, items, t, S: tl.constexpr):
     place = i + row // S.rows.heads
     head = part * S.rows.heads + row % S.rows.heads
     there = (place < end) & (head < S.rows.r)
-    if S.whole:
-        token = place
-    else:
-        token = tl.load(items.query + place, mask=place < end, other=t).to(tl.int64)
+    token = tl.load(items.query + place, mask=place < end, other=t).to(tl.int64)
     return token, group * S.rows.r + head, there & (token < t)
 
 
@@ -250,10 +246,10 @@ def query_gradients(
     dq, delta = q.new_empty(b, t, h, d), torch.empty_like(lse)
     grid = (triton.cdiv(t, shape.rows.tokens) * shape.rows.parts * shape.groups * b,)
     strides = Strides(q.stride()[:3], k.stride()[:3], v.stride()[:3], dout.stride()[:3])
+    reads = reads_of(members, k.shape[1], shape, lse)
     if grid[0]:
         tile_gradients[grid](
-            q, k, v, out, dout, lse, delta, dq, reads_of(members, lse), places, strides,
-            b, t, scale, shape, **launch,
+            q, k, v, out, dout, lse, delta, dq, reads, places, strides, b, t, scale, shape, **launch
         )  # fmt: skip
     return dq, delta
 

@@ -29,18 +29,27 @@ class Launch:
 def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
     """A program that owns queries and walks over keys; width: padded channels of both factors."""
     key = width * itemsize
-    if key > 1024:
-        return Launch(rows=32, keys=16, num_warps=4, num_stages=1)
-    if gpu.hip:
-        return Launch(rows=64, keys=32 if key <= 512 else 16, num_warps=4, num_stages=2)
+    if itemsize == 4:
+        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
     if key > 512:
-        return Launch(rows=64, keys=32, num_warps=8, num_stages=2)
+        return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=4, num_stages=2)
+    if gpu.hip:
+        return Launch(rows=64, keys=32, num_warps=4, num_stages=2)
     return Launch(rows=64, keys=64, num_warps=4, num_stages=3 if gpu.capability >= 90 else 2)
+
+
+def for_prefixes(width: int, itemsize: int, gpu: Gpu) -> Launch:
+    """As for_tiles, but all rows of a tile read the same keys, so that a larger one wastes none."""
+    if width * itemsize > 512 or gpu.capability < 90 or gpu.hip:
+        return for_tiles(width, itemsize, gpu)
+    return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
 
 
 def for_owners(width: int, itemsize: int, gpu: Gpu) -> Launch:
     """A program that owns keys and walks over the queries that read them."""
     key = width * itemsize
+    if itemsize == 4:
+        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
     if key > 512:
         return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=8, num_stages=1)
     if gpu.hip:

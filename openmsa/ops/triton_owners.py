@@ -30,9 +30,9 @@ class KeyRows(NamedTuple):
 class Items(NamedTuple):
     """Lists of queries, cut into items."""
 
-    query: Tensor  # int32 [pairs] query tokens, t for none; not used for whole prefixes
+    query: Tensor  # int32 [pairs] query tokens, t for none
     owner: Tensor  # int64 [items]
-    begin: Tensor  # int64 [items] first place in `query`, or first query token itself
+    begin: Tensor  # int64 [items] first place in `query`
     end: Tensor  # int64 [items]
     slot: Tensor  # int64 [items] where to put a partial sum, -1: the sum is whole, -2: no item
 
@@ -65,7 +65,8 @@ def whole_items(rows: KeyRows, places: Places, copies: int) -> Items:
     end = torch.where(rows.first < rows.end, end, begin)
     owner = torch.arange(copies * rows.first.shape[0], device=begin.device)
     slot = torch.full_like(owner, -1)
-    return Items(owner, owner, begin.repeat(copies), end.repeat(copies), slot)
+    query = torch.arange(places.start.shape[0], dtype=torch.int32, device=begin.device)
+    return Items(query, owner, begin.repeat(copies), end.repeat(copies), slot)
 
 
 def chosen_items(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,24 +87,47 @@ def put(at, x, inside, d: tl.constexpr):
 
 @triton.jit
 def step_of(i, members, reads, lo, N: tl.constexpr, S: tl.constexpr):
-    """Step i of a tile: its first key token, the offset in its block and the slots that see it."""
+    """Step i of a tile: its first key token, the same as rows count it, the offset in its block,
+    the slots that see it. Of a whole prefix rows count from `lo` on.
+
+    A tile has at most 16 slots, so bits >> 16 is 0; but a compiler that knew would keep the place
+    of every number of a step in registers from one step to the next.
+    """
     if S.whole:
-        first, offset, bits = lo + tl.cast(i, tl.int64) * N, 0, -1
+        step, chunk = i // (S.BN // N), i % (S.BN // N)
+        mark = tl.load(members.first + step)
+        first = lo + mark
+        bits = tl.load(members.bits + step)
+        mark += chunk * N
+        first += chunk * N
+        offset = bits >> 16
     else:
         chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN * (S.BN // N)
         first = tl.load(members.first + reads + i // chunks)
         bits = tl.load(members.bits + reads + i // chunks)
-        offset = i % chunks * N
-    return first, offset, bits
+        offset = i % chunks * N + (bits >> 16)
+        mark = first
+    return first, mark, offset, bits
 
 
 @triton.jit
-def edges(first, bits, slot, start, position, S: tl.constexpr):
-    """The keys that a row sees, counted from `first`: above the floor, up to the edge."""
+def span_of(places, token, t, S: tl.constexpr):
+    """Of every row: what it sees, start ... position; then the first and the last key token."""
+    start = tl.load(places.start + token, mask=token < t, other=1 << 62)
+    position = tl.load(places.position + token, mask=token < t, other=-1)
+    lo, last = tl.min(start, 0), tl.max(position, 0)
+    if S.whole:
+        start, position = start - lo, position - lo
+    return start, position, lo, last
+
+
+@triton.jit
+def edges(mark, bits, slot, start, position, S: tl.constexpr):
+    """The keys that a row sees, counted from `mark`: above the floor, up to the edge."""
     size: tl.constexpr = S.BN if S.whole else S.block
-    edge = tl.minimum(tl.maximum(position - first, -1), size - 1).to(tl.int32)
+    edge = tl.minimum(tl.maximum(position - mark, -1), size - 1).to(tl.int32)
     edge = tl.where(((bits >> slot) & 1) != 0, edge, -1)
-    floor = tl.minimum(tl.maximum(start - first, 0), size).to(tl.int32)
+    floor = tl.minimum(tl.maximum(start - mark, 0), size).to(tl.int32)
     return floor, edge
 
 
@@ -141,9 +165,12 @@ class Reads(NamedTuple):
     size: int  # places of a tile
 
 
-def reads_of(members: Members | None, like: Tensor) -> Reads:
+def reads_of(members: Members | None, s: int, shape: Shape, like: Tensor) -> Reads:
+    """members None: the whole prefix, and where its steps begin."""
     if members is None:
-        return Reads(like, like, like, 0)
+        first = torch.arange(0, s + shape.BN, shape.BN, device=like.device)
+        bits = torch.full(first.shape, (1 << 16) - 1, dtype=torch.int32, device=like.device)
+        return Reads(first, bits, bits, 0)
     return Reads(*members, members.first.shape[-1])
 
 
@@ -164,7 +191,7 @@ def shape_of(
     keys: int,
     precision: str = "ieee",
 ) -> Shape:
-    """block None: the whole prefix. keys: how many at once, at most. precision: how fp32 is multiplied."""
+    """block None: the whole prefix. keys: at once, at most. precision: of fp32 products."""
     d = q.shape[3]
     at_once = keys if block is None else min(keys, padded(block))
     return Shape(

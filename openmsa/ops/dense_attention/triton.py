@@ -41,7 +41,7 @@ def _forward(
     if q.numel() == 0:
         return _empty(q, v)
     (b, t), s = q.shape[:2], k.shape[1]
-    shape, launch = _shaped(q, k, v, triton_launch.for_tiles)
+    shape, launch = _shaped(q, k, v, triton_launch.for_prefixes)
     programs = b * shape.groups * shape.rows.parts * -(-t // shape.rows.tokens)
     splits = triton_launch.splits_for(programs, -(-s // shape.BN), gpu_of(q.device))
     places = triton_tiles.places_of(t, s, cu_seqlens_q, cu_seqlens_k, q.device)
@@ -90,7 +90,7 @@ def _backward(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     places = triton_tiles.places_of(q.shape[1], k.shape[1], cu_seqlens_q, cu_seqlens_k, q.device)
     dout, inputs = dout.contiguous(), (q, k, v, lse)
-    shape, launch = _shaped(q, k, v, triton_launch.for_tiles)
+    shape, launch = _shaped(q, k, v, triton_launch.for_prefixes)
     dq, delta = backward.query_gradients(
         dout, out, *inputs, None, places, shape, scale, launch.options
     )

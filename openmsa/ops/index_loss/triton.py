@@ -157,7 +157,7 @@ class _Work:
         shape, launch = self.shaped(triton_launch.for_tiles)
         kl, student_lse = (lse.new_empty(b, t, g) for _ in range(2))
         dq = torch.empty(self.q_index.shape, dtype=torch.float32, device=lse.device)
-        members = triton_rows.reads_of(self.members(shape), lse)
+        members = triton_rows.reads_of(self.members(shape), self.k.shape[1], shape, lse)
         triton_loss.tile_loss[(b * g * -(-t // shape.rows.tokens),)](
             self.q, self.k, self.q_index, self.k_index, lse, weights, kl, student_lse, dq,
             members, self.places, self.strides, b, t, scale, index_scale, shape, **launch.options,

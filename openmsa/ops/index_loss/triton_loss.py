@@ -18,11 +18,11 @@ from openmsa.ops.triton_rows import (
     edges,
     load_keys,
     load_rows,
-    locate,
     not_finite,
     put,
     rows_of,
     seen,
+    span_of,
     step_of,
 )
 
@@ -75,7 +75,7 @@ def whole_of_student(
     low = tl.zeros((S.rows.tokens,), tl.float32)
     total = tl.zeros((S.rows.tokens,), tl.float32)
     for i in tl.range(begin, steps * (S.BN // N), num_stages=stages):
-        first, offset, bits = step_of(i, members, reads, lo, N, S)
+        first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
         size: tl.constexpr = S.BN if S.whole else S.block
         inside = key < tl.minimum(last + 1 - first, size)
@@ -87,7 +87,7 @@ def whole_of_student(
         if CAREFUL:
             y += spoilt[None, :]
         low = tl.minimum(low, tl.min(y, 1))
-        floor, edge = edges(first, bits, slot, start, position, S)
+        floor, edge = edges(mark, bits, slot, start, position, S)
         y = tl.where(seen(key, floor, edge, S), y, float("-inf"))
         higher = tl.maximum(top, tl.max(y, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -109,7 +109,7 @@ def compare(
     kl = tl.zeros((S.rows.tokens,), tl.float32)
     acc = tl.zeros((query_index.shape[0], S.DV), tl.float32)
     for i in tl.range(0, steps * (S.BN // N), num_stages=stages):
-        first, offset, bits = step_of(i, members, reads, lo, N, S)
+        first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
         size: tl.constexpr = S.BN if S.whole else S.block
         inside = key < tl.minimum(last + 1 - first, size)
@@ -126,7 +126,7 @@ def compare(
         y = student(query_index, keys_index, index_scale, S) - student_stat[:, None]
         if CAREFUL:
             y += spoilt[None, :]
-        floor, edge = edges(first, bits, slot, start, position, S)
+        floor, edge = edges(mark, bits, slot, start, position, S)
         visible = seen(key, floor, edge, S)
         p = p / S.rows.r
         # Where a weight is 0 its logarithm is -inf, and 0 * -inf would be NaN.
@@ -158,8 +158,7 @@ def tile_loss(
     tile, group, batch = program % tiles, program // tiles % S.groups, program // tiles // S.groups
     slot = tl.arange(0, S.rows.tokens)
     token = tile * S.rows.tokens + slot
-    start = tl.load(places.start + token, mask=token < t, other=1 << 62)
-    position = tl.load(places.position + token, mask=token < t, other=-1)
+    start, position, lo, last = span_of(places, token, t, S)
     weight = tl.load(weights + batch * t + token, mask=token < t, other=0.0)
     query, stat = part_of(q, lse, strides, batch, tile, 0, group, t, S)
     row_slot, own = spread_tokens(S)
@@ -169,7 +168,6 @@ def tile_loss(
     index = load_rows(q_index, strides.dout, batch, row_token, zero + group, own, S.dv, S.DV)
     k += batch * strides.k[0] + group * strides.k[2]
     k_index += batch * strides.v[0]
-    lo, last = tl.min(start, 0), tl.max(position, 0)
     if S.whole:
         reads, steps = 0, tl.cdiv(last + 1 - lo, S.BN).to(tl.int32)
     else:
@@ -240,13 +238,10 @@ def owner_loss(
 
 
 @triton.jit
-def reader(i, end, place, items, t, S: tl.constexpr):
+def reader(i, end, place, items, t):
     """The query token at a place of an owner's list, and whether there is one."""
     place += i
-    if S.whole:
-        token = place
-    else:
-        token = tl.load(items.query + place, mask=place < end, other=t).to(tl.int64)
+    token = tl.load(items.query + place, mask=place < end, other=t).to(tl.int64)
     return token, (place < end) & (token < t)
 
 
@@ -256,20 +251,20 @@ def add_readers(
     first, strides, batch, group, t, scale, index_scale, acc, S: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the next readers give to the block's index keys."""
-    token, there = reader(i, end, tl.arange(0, S.rows.tokens), items, t, S)
+    token, there = reader(i, end, tl.arange(0, S.rows.tokens), items, t)
     position = tl.load(places.position + token, mask=there, other=-1)
     weight = tl.load(weights + batch * t + token, mask=there, other=0.0)
     at = (batch * t + token) * S.groups + group
     student_stat = tl.load(student_lse + at, mask=there, other=0.0)
     edge = tl.minimum(tl.maximum(position - first, -1), S.block).to(tl.int32)
     row_slot, own = spread_tokens(S)
-    row_token, row_there = reader(i, end, row_slot, items, t, S)
+    row_token, row_there = reader(i, end, row_slot, items, t)
     zero = tl.zeros_like(row_token)
     index = load_rows(
         q_index, strides.dout, batch, row_token, zero + group, own & row_there, S.dv, S.DV
     )
     row = tl.arange(0, S.rows.tokens * S.rows.heads)
-    head_token, head_there = reader(i, end, row // S.rows.heads, items, t, S)
+    head_token, head_there = reader(i, end, row // S.rows.heads, items, t)
     p = tl.zeros((S.rows.tokens, S.BN), tl.float32)
     for part in tl.static_range(S.rows.parts):
         head = part * S.rows.heads + row % S.rows.heads
