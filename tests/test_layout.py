@@ -38,7 +38,9 @@ READING_MODULES, READING_LINES = 6, 700
 # Above the soft limit, each with its reason. The hard limit has no exceptions.
 LONG_FILES: dict[str, str] = {}
 SIGNATURE = "a public door: half of it is the signature, one argument a line, and its docstring"
+KERNEL = "a kernel: its arguments and where its tile lies come before the work"
 LONG_FUNCTIONS: dict[str, str] = {
+    "openmsa/ops/block_selection/triton_select.py:select_kernel": KERNEL,
     "openmsa/mechanisms/msa.py:msa_attention": SIGNATURE,
     "openmsa/ops/block_selection/__init__.py:select_blocks": SIGNATURE,
     "openmsa/ops/index_loss/__init__.py:index_loss": SIGNATURE,
@@ -199,7 +201,7 @@ def test_msa_can_be_read_in_one_sitting():
         reached.add(module)
         waiting += imports_of(MODULES[module])
     reached -= {
-        f"openmsa.ops.{name}" for name in ("checks", "backend", "workspace", "native_calls")
+        f"openmsa.ops.{name}" for name in ("checks", "backend", "workspace", "native_calls", "gpu")
     }
     doors = {module for module in reached if MODULES[module].name == "__init__.py"}
     lines = sum(len(MODULES[m].read_text(encoding="utf-8").splitlines()) for m in reached)

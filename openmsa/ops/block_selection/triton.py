@@ -101,8 +101,9 @@ def launch_shape(
         stages = 2 if tile <= gpu.shared_bytes else 1
     else:  # two programs share a unit: while one ranks its maxima, the other multiplies
         stages = (gpu.shared_bytes // 2 - resident) // tile
-    shape = {"ROWS": rows, "KEYS": keys, "CHUNK": chunk, "num_warps": 8 if top_k > 32 else 4}
-    return {**shape, "num_stages": max(1, min(4, stages))}
+    warps = 8 if top_k > 32 or rows == 32 else 4  # with 4, these spill registers
+    sizes = {"ROWS": rows, "KEYS": keys, "CHUNK": chunk}
+    return {**sizes, "num_warps": warps, "num_stages": max(1, min(4, stages))}
 
 
 def _splits(tiles: int, blocks: int, top_k: int, gpu: Gpu) -> int:

@@ -122,6 +122,17 @@ def visit(
 
 
 @triton.jit
+def place_of(tile, tiles_ptr, t, s):
+    """First query, queries, first key, keys of a tile's sequence, and which of its tiles it is."""
+    if tiles_ptr is None:
+        place = 0, t, 0, s, tile
+    else:
+        at = tiles_ptr + tile * 5
+        place = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+    return place
+
+
+@triton.jit
 def select_kernel(
     q_ptr, k_ptr, out_ptr, tiles_ptr, t, s, k_batch, k_token, scale, local_blocks, sink_blocks,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
@@ -135,11 +146,7 @@ def select_kernel(
     PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     batch, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    q0, tq, k0, sk = 0, t, 0, s
-    if tiles_ptr is not None:
-        q0, tq = tl.load(tiles_ptr + tile * 5), tl.load(tiles_ptr + tile * 5 + 1)
-        k0, sk = tl.load(tiles_ptr + tile * 5 + 2), tl.load(tiles_ptr + tile * 5 + 3)
-        tile = tl.load(tiles_ptr + tile * 5 + 4)
+    q0, tq, k0, sk, tile = place_of(tile, tiles_ptr, t, s)
     row = tile * ROWS + tl.arange(0, ROWS)
     position = sk - tq + row // GROUPS
     here = row < tq * GROUPS
@@ -150,12 +157,10 @@ def select_kernel(
     query = q, at + tl.arange(0, CHUNK)[None, :], here[:, None]
     k_ptr += batch.to(tl.int64) * k_batch + tl.cast(k0, tl.int64) * k_token
 
-    first = sk - tq + tile * ROWS // GROUPS
-    end = min(sk, sk - tq + (tile * ROWS + ROWS - 1) // GROUPS + 1)
-    blocks = (end + BLOCK - 1) // BLOCK
+    first, last = sk - tq + tile * ROWS // GROUPS, sk - tq + (tile * ROWS + ROWS - 1) // GROUPS
+    blocks = (min(sk, last + 1) + BLOCK - 1) // BLOCK
     share = (blocks + splits - 1) // splits
-    n0 = split * share
-    n1 = min(n0 + share, blocks)
+    n0, n1 = split * share, min((split + 1) * share, blocks)
     whole = max(n0, min((first + 1) // BLOCK, n1))  # all rows see the blocks before this one
     kept, best = empty_lists(K, ROWS, TOP_K), tl.full([ROWS], -INFINITY, tl.float32)
     kept, best = visit(

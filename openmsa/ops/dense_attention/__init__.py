@@ -6,10 +6,10 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.dense_attention import cpu, portable, reference
+from openmsa.ops.dense_attention import cpu, portable, reference, triton
 from openmsa.ops.workspace import no_autocast
 
-_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu, "triton": triton}
 
 
 def dense_attention(

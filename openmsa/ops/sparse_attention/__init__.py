@@ -6,11 +6,11 @@ from torch import Tensor
 
 from openmsa.ops import backend as backends
 from openmsa.ops import checks
-from openmsa.ops.sparse_attention import cpu, portable, reference
+from openmsa.ops.sparse_attention import cpu, portable, reference, triton
 from openmsa.ops.workspace import no_autocast
 from openmsa.selection import Selection
 
-_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu}
+_BACKENDS = {"reference": reference, "portable": portable, "cpu": cpu, "triton": triton}
 
 
 def sparse_attention(
