@@ -34,7 +34,7 @@ NAMES = {
 @dataclass(frozen=True)
 class Launch:
     """One kernel as a backend launches it. `arguments` holds, by name: a dtype for a pointer to it,
-    the words "i32", "i64" or "fp32" for a number, and for a constexpr its value."""
+    "i32", "i64" or "fp32" for a number, a tuple of those, and for a constexpr its value."""
 
     kernel: object
     arguments: Mapping[str, object]
@@ -63,14 +63,8 @@ def compile_for(name: str, launch: Launch) -> Compiled:
     signature, constants, aligned = {}, {}, {}
     for place, argument in enumerate(kernel.arg_names):
         value = launch.arguments[argument]
-        if isinstance(value, torch.dtype):
-            signature[argument] = "*" + NAMES[value]
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, str) and value in ("i32", "i64", "fp32"):
-            signature[argument] = value
-        elif isinstance(value, str) and value == "i32 of 16":
-            signature[argument] = "i32"
-            aligned[(place,)] = [["tt.divisibility", 16]]
+        if _is_passed(value):
+            signature[argument] = _signature(value, (place,), aligned)
         else:
             signature[argument] = "constexpr"
             constants[argument] = value
@@ -82,6 +76,29 @@ def compile_for(name: str, launch: Launch) -> Compiled:
     made = triton.compile(source, target=GPUTarget(*kind), options=options)
     read = _read_amd if gpu.hip else _read_nvidia
     return read(made)
+
+
+NUMBERS = ("i32", "i64", "fp32", "i32 of 16", "i64 of 16")
+
+
+def _is_passed(value: object) -> bool:
+    """At run time, that is; a tuple is if its first member is."""
+    if isinstance(value, tuple):
+        return _is_passed(value[0])
+    return isinstance(value, torch.dtype) or value in NUMBERS
+
+
+def _signature(value, place: tuple[int, ...], aligned: dict):
+    """Triton's name for an argument's type; notes in `aligned` what 16 divides."""
+    if isinstance(value, tuple):
+        names = [_signature(each, (*place, i), aligned) for i, each in enumerate(value)]
+        return type(value)(*names) if hasattr(value, "_fields") else tuple(names)
+    if isinstance(value, torch.dtype):
+        aligned[place] = [["tt.divisibility", 16]]
+        return "*" + NAMES[value]
+    if value.endswith(" of 16"):
+        aligned[place] = [["tt.divisibility", 16]]
+    return value.removesuffix(" of 16")
 
 
 def check(name: str, launch: Launch) -> Compiled:
