@@ -12,13 +12,17 @@ from dataclasses import replace
 from openmsa.training.data import DataConfig
 from openmsa.training.phases import Phase, Recipe
 
+# Text and documents in which something has to be found; lists of pairs, where every block looks
+# alike, are the hardest and come twice as often.
+FINDING = DataConfig(retrieval_share=0.6, tasks=("passkey", "multi_key", "key_value", "key_value"))
+
 
 def dense_byte_3m() -> Recipe:
     """The dense model that ships with OpenMSA: 3M parameters, bytes as tokens.
 
     In a mixture, the few bytes that answer a question are lost among those of the text. So after a
     first stretch of both, a phase on short lists of pairs teaches looking up; longer sequences then
-    carry it to longer distances.
+    carry it to longer distances, the last of them with long lists of pairs in three of ten.
     """
     lists = DataConfig(retrieval_share=0.9, tasks=("key_value",))
     common = {"weight_decay": 0.1, "attention": "dense"}
@@ -39,6 +43,16 @@ def dense_byte_3m() -> Recipe:
                 decay_to=0.02,
                 **steady,
             ),
+            Phase(
+                "far",
+                steps=600,
+                seq_len=2048,
+                batch_size=4,
+                data=FINDING,
+                schedule="linear",
+                decay_to=0.02,
+                **{**steady, "learning_rate": 1e-3},
+            ),
         ),
         precision="bf16",
         compile=True,
@@ -56,7 +70,7 @@ def msa_cpt(warm_steps: int = 50, sparse_steps: int = 60) -> Recipe:
     sizes = {"seq_len": 1280, "batch_size": 5}
     return Recipe(
         name="msa-cpt",
-        data=DataConfig(source="stdlib", retrieval_share=0.5),
+        data=FINDING,
         phases=(
             Phase(
                 "warm",
