@@ -71,8 +71,16 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the model."""
+    """The tokenizer that was saved with the model.
+
+    Raises OSError if there is none: transformers would make one up that knows no text.
+    """
     check_name(name)
+    if not has_tokenizer(name):
+        raise OSError(
+            f"{name} holds no tokenizer (no file {' or '.join(TOKENIZER_FILES)}...); copy into it "
+            "the files tokenizer* of the model that it was trained from"
+        )
     from transformers import AutoTokenizer
 
     _prepare()

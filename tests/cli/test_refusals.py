@@ -199,6 +199,13 @@ def test_evaluate_refuses_models_with_other_tokens(refused, dense, copy):
     assert "different tokens" in refused(2, "evaluate", dense, copy, "--what", "perplexity")
 
 
+def test_a_checkpoint_without_its_tokenizer(refused, copy):
+    """Trainer's checkpoints are such; transformers would hand out an empty tokenizer."""
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert "holds no tokenizer" in refused(1, "generate", copy, "--prompt", "words")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
