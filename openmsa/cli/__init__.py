@@ -13,6 +13,7 @@ VERBS = {
     "generate": "text from a prompt of any length the model allows",
     "inspect": "what the index selects, and whether a dense model would bear MSA",
     "bench": "what this machine gives: dense, sparse and decoding beside its roofs",
+    "cost": "what each sparse attention would cost on which chips: FLOPs, bytes, seconds, dollars",
     "env": "which backends are usable here and, for each that is not, why",
 }
 
