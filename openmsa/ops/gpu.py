@@ -36,8 +36,8 @@ MI300X = Gpu(units=304, shared_bytes=65_536, hip=True, capability=94)
 INTERPRETER = Gpu(units=1, shared_bytes=232_448)
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why no Triton kernel can run here, or None."""
     try:
@@ -51,8 +51,8 @@ def unavailable() -> str | None:
     return "there is no CUDA or ROCm device here"
 
 
-@torch.compiler.assume_constant_result
 @cache
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Triton runs its kernels on the CPU, an instruction at a time: a tool for tests."""
     import triton

@@ -3,7 +3,7 @@
 row    one block of keys of one sequence; the rows of all sequences are numbered through
 list   the query tokens that selected a row and see a key of it, ascending, each once
 
-list(b, g, row) = queries[begin[i]] ... queries[begin[i + 1] - 1],   i = (b * g_all + g) * rows + row
+list i = queries[begin[i]] ... queries[begin[i + 1] - 1],   i = (batch * g + group) * rows + row
 """
 
 from __future__ import annotations
