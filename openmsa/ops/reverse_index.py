@@ -61,8 +61,9 @@ def reverse_index(
     seen[..., 1:] &= ordered[..., 1:] != ordered[..., :-1]
     copy = torch.arange(b * g, device=device).view(b, g, 1, 1) * rows
     lists = torch.where(seen, copy + row0[of_token][:, None] + ordered, b * g * rows).flatten()
-    lists, pair = lists.sort(stable=True)
-    begin = torch.searchsorted(lists, torch.arange(b * g * rows + 1, device=device))
+    narrow = torch.int32 if b * g * rows < 1 << 31 else torch.int64
+    lists, pair = lists.to(narrow).sort(stable=True)
+    begin = torch.searchsorted(lists, torch.arange(b * g * rows + 1, device=device, dtype=narrow))
     return ReverseIndex(begin, (pair // max(k, 1) % max(t, 1)).to(torch.int32), rows, first_key)
 
 
