@@ -60,7 +60,7 @@ Plan Plan::of(const IndexLossArguments& x) {
   p.chunk = larger(smaller(smaller(p.chunk, STRETCH_BYTES / token_bytes), queries), 1);
   p.batch = smaller(larger(smaller(192 / p.r, 64), 1), p.chunk);
   p.pieces = g * count_tasks(x.borders, x.q.size[0], t, s, [&](const Sequence& q) { return p.chunks(q); });
-  p.slot_bytes = p.blocks * 16 + p.chunk * token_bytes + 256;  // Readers and dY, each aligned
+  p.slot_bytes = (p.blocks * 16 + p.chunk * token_bytes + 320) / 64 * 64;  // Readers and dY, each aligned
   p.slots = larger(smaller(STRETCH_BYTES / p.slot_bytes, smaller(p.pieces, 4096)), 1);
   return p;
 }
