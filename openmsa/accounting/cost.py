@@ -85,31 +85,18 @@ def estimate(
     name: str, design: Dense, shape: Shape, chip: Chip, s: int, chips: int, given: Assumptions
 ) -> Estimate:
     """One mechanism's numbers at a context of s tokens."""
-    layer, step = prefill(design, shape, s, given), decode(design, shape, s, given)
-    dense, dense_step = (f(Dense(), shape, s, given) for f in (prefill, decode))
-    kept, sparse = shape.dense_attention_layers, shape.layers - shape.dense_attention_layers
-    prompt = [w.times(sparse) for w in layer] + [w.times(kept) for w in dense]
-    token = [w.times(sparse * given.batch) for w in step]
-    token += [w.times(kept * given.batch) for w in dense_step]
+    layer, dense = ([f(x, shape, s, given) for f in (prefill, decode)] for x in (design, Dense()))
+    prompt, token = (_all_layers(*both, shape) for both in zip(layer, dense))
+    step = [work.times(given.batch) for work in token]
     rest = _rest(design, shape, s, 1, given), _rest(design, shape, given.batch, given.batch, given)
-    attention, total = zip(*(_times(w, r, chip, given) for w, r in zip((prompt, token), rest)))
+    attention, total = zip(*(_times(w, r, chip, given) for w, r in zip((prompt, step), rest)))
     seconds = [x / chips for x in total]
-    price = chip.dollars_per_hour
-    dollars = [
-        None if price is None else 1e6 * price * chips / 3600 * x / tokens
-        for x, tokens in zip(seconds, (s, given.batch))
-    ]
+    dollars = [_dollars(x * chips / tokens, chip) for x, tokens in zip(seconds, (s, given.batch))]
     return Estimate(
         mechanism=name,
         context=s,
         budget_tokens=design.budget_tokens,
-        layer_prefill_flops_per_token=flops(layer) / s,
-        layer_prefill_choosing_share=flops(w for w in layer if w.chooses) / flops(layer),
-        layer_prefill_flops_against_dense=flops(dense) / flops(layer),
-        layer_prefill_bytes=num_bytes(layer),
-        layer_decode_flops=flops(step),
-        layer_decode_bytes=num_bytes(step),
-        layer_decode_bytes_against_dense=num_bytes(dense_step) / num_bytes(step),
+        **_of_layer(*layer, *dense, s),
         cache_bytes=model_cache_bytes(design, shape, s, given),
         weight_bytes=model_weight_bytes(design, shape, given),
         chips=chips,
@@ -124,6 +111,35 @@ def estimate(
         dollars_per_million_prompt=dollars[0],
         dollars_per_million_generated=dollars[1],
     )
+
+
+def _of_layer(
+    prompt: list[Work], step: list[Work], dense_prompt: list[Work], dense_step: list[Work], s: int
+) -> dict[str, float]:
+    """The layer_* fields of an Estimate."""
+    total = flops(prompt)
+    return {
+        "layer_prefill_flops_per_token": total / s,
+        "layer_prefill_choosing_share": flops(w for w in prompt if w.chooses) / total,
+        "layer_prefill_flops_against_dense": flops(dense_prompt) / total,
+        "layer_prefill_bytes": num_bytes(prompt),
+        "layer_decode_flops": flops(step),
+        "layer_decode_bytes": num_bytes(step),
+        "layer_decode_bytes_against_dense": num_bytes(dense_step) / num_bytes(step),
+    }
+
+
+def _all_layers(layer: list[Work], dense: list[Work], shape: Shape) -> list[Work]:
+    """Attention of the whole model; some layers stay dense."""
+    kept = shape.dense_attention_layers
+    sparse = [work.times(shape.layers - kept) for work in layer]
+    return sparse + [work.times(kept) for work in dense]
+
+
+def _dollars(chip_seconds: float, chip: Chip) -> float | None:
+    """Of a million tokens that take so many seconds of a chip each."""
+    price = chip.dollars_per_hour
+    return None if price is None else 1e6 * chip_seconds * price / 3600
 
 
 def _rest(design: Dense, shape: Shape, tokens: int, heads: int, given: Assumptions) -> Work:

@@ -111,7 +111,7 @@ def num_bytes(works: Iterable[Work]) -> float:
 
 
 def break_even(
-    design: Dense, shape: Shape, given: Assumptions, *, of: str = "flops", limit: int = 1 << 22
+    design: Dense, shape: Shape, given: Assumptions, *, of: str = "flops", limit: int = 1 << 20
 ) -> int | None:
     """The context from which on a layer of the mechanism is cheaper than a dense one.
 

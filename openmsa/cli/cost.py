@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
-        default=[],
         metavar="MECHANISM.NUMBER=VALUE",
         help="change a number of a mechanism, as in msa.top_k=32; may be given again",
     )
@@ -54,14 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(0),
         help="layers whose attention stays dense; left out: those of the shape",
     )
+    _add_assumptions(parser)
+    parser.add_argument("--list", action="store_true", help="chips, shapes, mechanisms; no more")
+    add_out_options(parser, required=False, what="cost.csv, cost.json and the plot (png, svg)")
+
+
+def _add_assumptions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("assumptions")
     group.add_argument("--batch", type=whole_number(1), default=8, help="sequences decoded at once")
     group.add_argument(
         "--chips", type=whole_number(1), help="how many; left out: the fewest that hold everything"
     )
-    group.add_argument("--weight-bytes", type=int, choices=(1, 2, 4), default=2, help="of a weight")
     group.add_argument(
-        "--cache-bytes", type=int, choices=(1, 2, 4), default=2, help="of a channel in the cache"
+        "--weight-bytes", type=int, choices=(1, 2), default=2, help="of a weight; 1: fp8"
+    )
+    group.add_argument(
+        "--cache-bytes", type=int, choices=(1, 2), default=2, help="of a cached channel; 1: fp8"
     )
     group.add_argument(
         "--matrix-efficiency", type=_share, default=0.63, help="of the peak; the paper's dense"
@@ -69,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-efficiency", type=_share, default=0.77, help="of the peak; the paper's dense"
     )
-    parser.add_argument("--list", action="store_true", help="chips, shapes, mechanisms; no more")
-    add_out_options(parser, required=False, what="cost.csv, cost.json and the plot (png, svg)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -88,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         shape = shapes.find(arguments.model)
         if arguments.dense_layers is not None:
             shape = dataclasses.replace(shape, dense_attention_layers=arguments.dense_layers)
-        changes = _changes(arguments.set)
+        changes = _changes(arguments.set or [])
         asked = {name: designs.make(name, changes.get(name)) for name in arguments.mechanism}
     if unused := sorted(set(changes) - set(asked)):
         raise UsageError(f"--set names {unused[0]}, which is not among --mechanism")

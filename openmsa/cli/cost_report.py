@@ -30,7 +30,7 @@ class Equation12:
 
 @dataclass(frozen=True)
 class Report:
-    """break_even: by mechanism, the context from which it is cheaper; None: nowhere up to 4M."""
+    """break_even: by mechanism, the context from which it is cheaper; None: nowhere up to 1M."""
 
     shape: Shape
     chip: Chip

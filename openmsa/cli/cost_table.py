@@ -114,7 +114,7 @@ def _break_evens(report: Report) -> list[str]:
     ):
         if found:
             each = (
-                f"{k} {'nowhere up to 4M' if v is None else f'{v:,}'}" for k, v in found.items()
+                f"{k} {'nowhere up to 1M' if v is None else f'{v:,}'}" for k, v in found.items()
             )
             told.append(f"Fewer {what} than dense from (tokens): {', '.join(each)}.")
     if told_by_paper := report.equation_12:
