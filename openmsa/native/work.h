@@ -107,8 +107,9 @@ inline void find_readers(const Blocks& blocks, int64_t group, const Sequence& x,
 struct Scratch {
   char* memory;
   int64_t bytes;
-  Scratch(int workers, int64_t bytes_each)
-      : memory(static_cast<char*>(allocate((bytes_each + 4096) * workers))), bytes(bytes_each + 4096) {}
+  Scratch(int workers, int64_t bytes_each) : bytes((bytes_each + 4096 + 63) / 64 * 64) {
+    memory = static_cast<char*>(allocate(bytes * workers));
+  }
   ~Scratch() { release(memory); }
   Scratch(const Scratch&) = delete;
   char* of(int worker) const { return memory + worker * bytes; }
