@@ -45,11 +45,12 @@ def read_keys(
 ):  # fmt: skip
     """Steps begin ... end - 1: maximum and sum of the powers of two, weighted values, and the
     lowest score of a row, -inf where a key was. CAREFUL: in small pieces, to hold the check."""
+    DV: tl.constexpr = S.DV
     N: tl.constexpr = 16 if CAREFUL else S.BN
-    top = tl.full((query.shape[0],), float("-inf"), tl.float32)
-    low = tl.zeros((query.shape[0],), tl.float32)
-    total = tl.zeros((query.shape[0],), tl.float32)
-    acc = tl.zeros((query.shape[0], S.DV), tl.float32)
+    top = tl.full([query.shape[0]], float("-inf"), tl.float32)
+    low = tl.zeros([query.shape[0]], tl.float32)
+    total = tl.zeros([query.shape[0]], tl.float32)
+    acc = tl.zeros([query.shape[0], DV], tl.float32)
     stages: tl.constexpr = 1 if CAREFUL else None
     for i in tl.range(begin * (S.BN // N), end * (S.BN // N), num_stages=stages):
         first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
@@ -134,14 +135,14 @@ def join(parts, stats, out, lse, rows, splits, d: tl.constexpr, D: tl.constexpr,
     here = row < rows
     mask = here[:, None] & (column < d)[None, :]
     at = row[:, None] * d + column[None, :]
-    top = tl.full((N,), float("-inf"), tl.float32)
+    top = tl.full([N], float("-inf"), tl.float32)
     for i in range(splits):
         stat = tl.load(stats + tl.cast(i, tl.int64) * rows + row, mask=here, other=float("-inf"))
         # A maximum may pass over NaN; a sum below does not.
         top = tl.maximum(top, stat)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros((N,), tl.float32)
-    acc = tl.zeros((N, D), tl.float32)
+    total = tl.zeros([N], tl.float32)
+    acc = tl.zeros([N, D], tl.float32)
     for i in range(splits):
         stat = tl.load(stats + tl.cast(i, tl.int64) * rows + row, mask=here, other=float("-inf"))
         part = tl.load(

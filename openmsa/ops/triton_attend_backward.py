@@ -44,9 +44,10 @@ def add_keys(
     slot, start, position, last, stat, delta, scale, S: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile, before the scale; stat: lse in powers of two."""
+    D: tl.constexpr = S.D
     N: tl.constexpr = 16 if CAREFUL else S.BN
     stages: tl.constexpr = 1 if CAREFUL else None
-    acc = tl.zeros((query.shape[0], S.D), tl.float32)
+    acc = tl.zeros([query.shape[0], D], tl.float32)
     for i in tl.range(0, steps * (S.BN // N), num_stages=stages):
         first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
@@ -158,6 +159,9 @@ def owner_gradients(
 
     number: how many rows there are.
     """
+    BN: tl.constexpr = S.BN
+    D: tl.constexpr = S.D
+    DV: tl.constexpr = S.DV
     chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN
     item = tl.program_id(0).to(tl.int64) // chunks
     slot = tl.load(items.slot + item)
@@ -179,9 +183,10 @@ def owner_gradients(
     spoilt = not_finite(keys) + not_finite(values)
     keys = tl.where((spoilt == 0)[:, None], keys, 0.0)
     values = tl.where((spoilt == 0)[:, None], values, 0.0)
-    acc_k = tl.zeros((S.BN, S.D), tl.float32)
-    acc_v = tl.zeros((S.BN, S.DV), tl.float32)
-    for part in tl.static_range(S.rows.parts):
+    acc_k = tl.zeros([BN, D], tl.float32)
+    acc_v = tl.zeros([BN, DV], tl.float32)
+    PARTS: tl.constexpr = S.rows.parts
+    for part in tl.static_range(PARTS):
         acc_k, acc_v = add_readers(
             q, dout, lse, delta, places, items, begin, end, keys, values, key, first, spoilt,
             strides, batch, part, group, t, scale, acc_k, acc_v, S,
@@ -201,6 +206,8 @@ def owner_gradients(
 @triton.jit
 def add_pieces(parts, pieces, rows, dk, dv, number, s, S: tl.constexpr):
     """One program per owner and 16 keys: the parts of a popular block, added in their order."""
+    D: tl.constexpr = S.D
+    DV: tl.constexpr = S.DV
     chunks: tl.constexpr = (S.block + 15) // 16
     owner = tl.program_id(0).to(tl.int64) // chunks
     count = tl.load(pieces.count + owner)
@@ -215,8 +222,8 @@ def add_pieces(parts, pieces, rows, dk, dv, number, s, S: tl.constexpr):
     column, column_v = tl.arange(0, S.D), tl.arange(0, S.DV)
     mask = inside[:, None] & (column < S.d)[None, :]
     mask_v = inside[:, None] & (column_v < S.dv)[None, :]
-    acc = tl.zeros((16, S.D), tl.float32)
-    acc_v = tl.zeros((16, S.DV), tl.float32)
+    acc = tl.zeros([16, D], tl.float32)
+    acc_v = tl.zeros([16, DV], tl.float32)
     slot = tl.load(pieces.first + owner)
     for i in range(slot, slot + count):
         at = (parts + (i * S.block + key) * wide)[:, None]

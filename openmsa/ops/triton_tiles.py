@@ -116,8 +116,8 @@ def unite(
     there = there & (block >= 0) & (block <= (position - start) // BLOCK)
     first = tl.where(there, start + block * BLOCK, -1 - place)
 
-    bits = tl.zeros((WIDTH,), tl.int32)
-    again = tl.zeros((WIDTH,), tl.int1)
+    bits = tl.zeros([WIDTH], tl.int32)
+    again = tl.zeros([WIDTH], tl.int1)
     for other in range(TOKENS * k):
         chosen = tl.sum(tl.where(place == other, first, 0))
         same = first == chosen

@@ -41,26 +41,30 @@ def spread_tokens(S: tl.constexpr):
 @triton.jit
 def student(query_index, keys_index, index_scale, S: tl.constexpr):
     """Y in powers of two, [tokens, N]"""
+    TOKENS: tl.constexpr = S.rows.tokens
     SUB: tl.constexpr = max(16 // S.rows.tokens, 1)
     y = tl.dot(query_index, tl.trans(keys_index), input_precision=S.precision)
-    y = tl.sum(tl.reshape(y, (S.rows.tokens, SUB, y.shape[1])), 1)
+    y = tl.sum(tl.reshape(y, [TOKENS, SUB, y.shape[1]]), 1)
     return y * (index_scale * LOG2E)
 
 
 @triton.jit
 def teacher(query, stat, keys, scale, S: tl.constexpr):
     """Sum over a part's heads of exp(X - lse), [tokens, N]; stat [rows]: lse in powers of two."""
+    TOKENS: tl.constexpr = S.rows.tokens
+    HEADS: tl.constexpr = S.rows.heads
     x = tl.dot(query, tl.trans(keys), input_precision=S.precision) * (scale * LOG2E)
     p = tl.exp2(x - stat[:, None])
-    return tl.sum(tl.reshape(p, (S.rows.tokens, S.rows.heads, p.shape[1])), 1)
+    return tl.sum(tl.reshape(p, [TOKENS, HEADS, p.shape[1]]), 1)
 
 
 @triton.jit
 def as_rows(x, S: tl.constexpr):
     """[tokens, N] -> the rows of the student's product; each token's are alike."""
+    TOKENS: tl.constexpr = S.rows.tokens
     SUB: tl.constexpr = max(16 // S.rows.tokens, 1)
-    x = tl.broadcast_to(x[:, None, :], (S.rows.tokens, SUB, x.shape[1]))
-    return tl.reshape(x, (S.rows.tokens * SUB, x.shape[2]))
+    x = tl.broadcast_to(x[:, None, :], [TOKENS, SUB, x.shape[1]])
+    return tl.reshape(x, [TOKENS * SUB, x.shape[2]])
 
 
 @triton.jit
@@ -69,11 +73,12 @@ def whole_of_student(
     index_scale, S: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """lse' in powers of two [tokens], and the lowest score, -inf where a key was."""
+    TOKENS: tl.constexpr = S.rows.tokens
     N: tl.constexpr = 16 if CAREFUL else S.BN
     stages: tl.constexpr = 1 if CAREFUL else None
-    top = tl.full((S.rows.tokens,), float("-inf"), tl.float32)
-    low = tl.zeros((S.rows.tokens,), tl.float32)
-    total = tl.zeros((S.rows.tokens,), tl.float32)
+    top = tl.full([TOKENS], float("-inf"), tl.float32)
+    low = tl.zeros([TOKENS], tl.float32)
+    total = tl.zeros([TOKENS], tl.float32)
     for i in tl.range(begin, steps * (S.BN // N), num_stages=stages):
         first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
@@ -104,10 +109,12 @@ def compare(
     scale, index_scale, S: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """KL of every token [tokens], and dq_index [student's rows, DI] before its scale."""
+    DV: tl.constexpr = S.DV
+    TOKENS: tl.constexpr = S.rows.tokens
     N: tl.constexpr = 16 if CAREFUL else S.BN
     stages: tl.constexpr = 1 if CAREFUL else None
-    kl = tl.zeros((S.rows.tokens,), tl.float32)
-    acc = tl.zeros((query_index.shape[0], S.DV), tl.float32)
+    kl = tl.zeros([TOKENS], tl.float32)
+    acc = tl.zeros([query_index.shape[0], DV], tl.float32)
     for i in tl.range(0, steps * (S.BN // N), num_stages=stages):
         first, mark, offset, bits = step_of(i, members, reads, lo, N, S)
         key = offset + tl.arange(0, N)
@@ -120,7 +127,8 @@ def compare(
             spoilt = not_finite(keys_index)
             keys_index = tl.where((spoilt == 0)[:, None], keys_index, 0.0)
         p = teacher(query, stat, keys, scale, S)
-        for part in tl.static_range(1, S.rows.parts):
+        PARTS: tl.constexpr = S.rows.parts
+        for part in tl.static_range(1, PARTS):
             more, more_stat = part_of(q, lse, strides, batch, tile, part, group, t, S)
             p += teacher(more, more_stat, keys, scale, S)
         y = student(query_index, keys_index, index_scale, S) - student_stat[:, None]
@@ -206,6 +214,8 @@ def owner_loss(
     number, s, t, scale, index_scale, S: tl.constexpr,
 ):  # fmt: skip
     """One program per item and BN keys: dk [b, s, groups, d_index] in fp32, or a part of it."""
+    DV: tl.constexpr = S.DV
+    BN: tl.constexpr = S.BN
     chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN
     item = tl.program_id(0).to(tl.int64) // chunks
     slot = tl.load(items.slot + item)
@@ -225,7 +235,7 @@ def owner_loss(
     keys_index = load_keys(k_index, strides.v[1], key, inside, S.dv, S.DV)
     spoilt = not_finite(keys_index)
     keys_index = tl.where((spoilt == 0)[:, None], keys_index, 0.0)
-    acc = tl.zeros((S.BN, S.DV), tl.float32)
+    acc = tl.zeros([BN, DV], tl.float32)
     for i in range(begin, end, S.rows.tokens):
         acc = add_readers(
             i, end, q, q_index, lse, weights, student_lse, items, places, keys, keys_index,
@@ -251,6 +261,8 @@ def add_readers(
     first, strides, batch, group, t, scale, index_scale, acc, S: tl.constexpr,
 ):  # fmt: skip
     """acc plus what the next readers give to the block's index keys."""
+    TOKENS: tl.constexpr = S.rows.tokens
+    BN: tl.constexpr = S.BN
     token, there = reader(i, end, tl.arange(0, S.rows.tokens), items, t)
     position = tl.load(places.position + token, mask=there, other=-1)
     weight = tl.load(weights + batch * t + token, mask=there, other=0.0)
@@ -265,8 +277,9 @@ def add_readers(
     )
     row = tl.arange(0, S.rows.tokens * S.rows.heads)
     head_token, head_there = reader(i, end, row // S.rows.heads, items, t)
-    p = tl.zeros((S.rows.tokens, S.BN), tl.float32)
-    for part in tl.static_range(S.rows.parts):
+    p = tl.zeros([TOKENS, BN], tl.float32)
+    PARTS: tl.constexpr = S.rows.parts
+    for part in tl.static_range(PARTS):
         head = part * S.rows.heads + row % S.rows.heads
         heads = head_there & (head < S.rows.r)
         head += group * S.rows.r
