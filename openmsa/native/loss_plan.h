@@ -52,15 +52,16 @@ Plan Plan::of(const IndexLossArguments& x) {
   p.blocks = (keys + p.block - 1) / p.block;
   p.reads = x.blocks.data ? smaller(x.blocks.size[3], p.blocks) : p.blocks;
   p.dy_step = p.parts * lead<Side>(p.width);
-  // Long chunks share packed keys among more readers; short ones keep pieces small and many.
-  const int64_t read_bytes = p.wanted ? 4 + p.dy_step * 4 : 4, token_bytes = larger(p.reads * read_bytes, 1);
+  // Long chunks share packed keys among more readers; short ones keep pieces small and many. The same with and
+  // without gradients, and so the loss is.
+  const int64_t token_bytes = larger(p.reads * (4 + p.dy_step * 4), 1);
   const int64_t fair = larger(64, smaller(256, x.q.size[0] * t * g / 64));
   const int64_t query_bytes = p.r * lead<Main>(p.d) * 4;
   p.chunk = larger(smaller(fair, PIECE_BYTES / larger(token_bytes, query_bytes)), 8);
   p.chunk = larger(smaller(smaller(p.chunk, STRETCH_BYTES / token_bytes), queries), 1);
   p.batch = smaller(larger(smaller(192 / p.r, 64), 1), p.chunk);
   p.pieces = g * count_tasks(x.borders, x.q.size[0], t, s, [&](const Sequence& q) { return p.chunks(q); });
-  p.slot_bytes = (p.blocks * 16 + p.chunk * token_bytes + 320) / 64 * 64;  // Readers and dY, each aligned
+  p.slot_bytes = (p.blocks * 16 + p.chunk * (p.wanted ? token_bytes : p.reads * 4) + 320) / 64 * 64;  // Readers and dY, each aligned
   p.slots = larger(smaller(STRETCH_BYTES / p.slot_bytes, smaller(p.pieces, 4096)), 1);
   return p;
 }
