@@ -20,7 +20,10 @@ namespace {
 
 constexpr int64_t PIECE = 128;             // keys packed at a time
 constexpr int64_t PANEL = 48;              // rows between two products
-constexpr int64_t ACCUMULATORS = 1 << 18;  // floats in the O of a chunk, about
+constexpr int64_t NEAR = 1 << 17;          // floats in the O of a chunk that stays in the second cache
+constexpr int64_t FAR = 1 << 20;           // in the largest of a chunk whose tokens choose far apart
+constexpr int64_t ALL = 1 << 25;           // in those of all threads
+constexpr int64_t SHARED = 16;             // tokens that make packing a block worth while
 constexpr int64_t ENOUGH = 64;             // tasks worth cutting smaller for
 constexpr int64_t FEW = 128;               // places of a selection that are sorted rather than counted
 
@@ -37,7 +40,10 @@ struct Plan {
     r = groups.heads;
     width = smaller(smaller(block, PIECE), most_k);
     blocks = (most_k + block - 1) / block;
-    chunk = larger(1, smaller(most_q, ACCUMULATORS / larger(1, r * padded(dv))));
+    const int64_t row = larger(1, r * padded(dv)), far = smaller(FAR, ALL / larger(1, x.threads));
+    chunk = NEAR / row;
+    if (x.blocks.data) chunk = larger(chunk, smaller(far / row, SHARED * blocks / larger(1, top_k)));
+    chunk = larger(1, smaller(chunk, most_q));
     // A selection is cut by tokens as long as there are any; a prefix is better read once by all tokens.
     const int64_t own = x.blocks.data ? b * t * groups.count : count(x.borders);
     const int64_t finest = x.blocks.data ? smaller(top_k, blocks) / 4 : blocks / 8;
@@ -195,6 +201,7 @@ inline void weigh(float* x, int64_t visible, int64_t columns, float& m, float& l
 }
 
 // X (+)= sums * scale. Stored before anything is subtracted: fused, the largest score would not give exactly 1.
+// Where a sum of products is meant, it is written as one: left to the compiler, tiles would differ in rounding.
 struct Scaled {
   float* x;
   int64_t step;
@@ -206,8 +213,7 @@ struct Scaled {
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < N; ++j) {
         float* to = x + (row + i) * step + column + j * W;
-        const V own = mul(sums[i][j], load(scale));
-        store(to, more ? add(load(to), own) : own);
+        store(to, more ? fma(sums[i][j], load(scale), load(to)) : mul(sums[i][j], load(scale)));
       }
     next.ask();
   }
@@ -236,13 +242,12 @@ struct Watch {
   typedef uint32_t Bits __attribute__((vector_size(64)));
   static constexpr uint32_t ones = UnitOf<Unit>::width == 2 ? 0x00800080u : 0x00800000u;
   Bits found{};
-  OPENMSA_INLINE Bits exponents(const Unit* x) {
-    Bits bits;
-    std::memcpy(&bits, x, 64);
-    return (bits & ones * 255) + ones;
-  }
   inline void see(const Unit* x, int64_t lead) {
-    for (int64_t j = 0; j < lead; j += 16) found |= exponents(x + j);
+    for (int64_t j = 0; j < lead; j += 16) {
+      Bits bits;
+      std::memcpy(&bits, x + j, 64);
+      found |= (bits & ones * 255) + ones;
+    }
   }
   bool spoilt() const {
     uint32_t all = 0;
@@ -307,7 +312,7 @@ struct Attention {
 
   static int64_t bytes(const Plan& plan) {
     const int64_t n = padded(plan.width), d = lead<Unit>(plan.d), dv = lead<Unit>(plan.dv);
-    const int64_t packed = n * (2 * d + dv) + n * padded(plan.dv) + PANEL * (d + n + W + 2) + 10 * PAD;
+    const int64_t packed = n * (2 * d + dv) + n * padded(plan.dv) + PANEL * (d + n + W + 4) + 11 * PAD;
     return packed * 4 + Visits::bytes(plan) + (plan.parts == 1 ? State::floats(plan) * 4 : 0);
   }
   explicit Attention(const AttendArguments& x)
@@ -332,12 +337,14 @@ struct Attention {
   struct Desk {
     Unit *k, *v, *across, *along, *q;
     float *scores, *c, **o, *scale;
+    int64_t* place;
     Desk(const Plan& plan, char*& memory) {
       const int64_t n = padded(plan.width), d = lead<Unit>(plan.d);
       k = take<Unit>(memory, n * d), across = take<Unit>(memory, n * d);
       v = take<Unit>(memory, n * lead<Unit>(plan.dv)), along = take<Unit>(memory, units<Unit>(n) * padded(plan.dv));
       q = take<Unit>(memory, PANEL * d), scores = take<float>(memory, PANEL * n);
       c = take<float>(memory, PANEL * W), o = take<float*>(memory, PANEL), scale = take<float>(memory, W);
+      place = take<int64_t>(memory, PANEL);
     }
   };
 
@@ -364,7 +371,7 @@ struct Attention {
         Ahead next;
         next.begin(x.k, x.v, chunk.in.batch, chunk.in.k0 + then, plan.groups.kv_head(chunk.group),
                    smaller(plan.width, chunk.in.s - then), count * plan.r * 4 / WIDE_ROWS);
-        visit(desk, own, chunk, from, smaller(plan.width, stop - from), readers, count, next);
+        visit(desk, own, chunk, from, smaller(plan.width, stop - from), readers, count, visits.tokens + visits.first[visits.count], next);
       }
     }
     if (plan.parts == 1) finish(own, chunk);
@@ -407,32 +414,48 @@ struct Attention {
 
   // Keys from .. from + n - 1 for those who read them.
   void visit(const Desk& desk, const State& own, const Chunk& chunk, int64_t from, int64_t n,
-             const int32_t* readers, int64_t count, Ahead& next) const {
+             const int32_t* readers, int64_t count, const int32_t* end, Ahead& next) const {
     const Unit* along;
     const int64_t bad = pack(desk, chunk, from, n, along);
-    const int64_t d = lead<Unit>(plan.d), dv = padded(plan.dv), columns = padded(n), r = plan.r;
-    for (int64_t row = 0; row < count * r; row += PANEL) {
-      const int64_t rows = smaller(PANEL, count * r - row);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = readers[(row + i) / r], head = (row + i) % r;
-        desk.o[i] = own.o + ((token - chunk.from) * r + head) * dv;
-        pack_row(at(x.q, chunk.in.batch, chunk.in.q0 + token, chunk.group * r + head), x.q.kind, x.q.stride[3],
-                 plan.d, desk.q + i * d);
-      }
+    const int64_t dv = padded(plan.dv), columns = padded(n), all_rows = count * plan.r;
+    for (int64_t row = 0; row < all_rows; row += PANEL) {
+      const int64_t rows = smaller(PANEL, all_rows - row);
+      gather(desk, own, chunk, readers, row, rows, end);
       // Short sums, added up: the error of a long one grows with its length.
-      for (int64_t u = 0; u < larger(1, units<Unit>(plan.d)); u += PIECE)
-        product<Unit>({desk.q + u, d, rows, desk.across + u * columns, columns, columns,
-                       smaller(PIECE, units<Unit>(plan.d) - u)},
+      const int64_t d = lead<Unit>(plan.d), all_units = units<Unit>(plan.d);
+      for (int64_t u = 0; u == 0 || u < all_units; u += PIECE)
+        product<Unit>({desk.q + u, d, rows, desk.across + u * columns, columns, columns, smaller(PIECE, all_units - u)},
                       FromZero{}, Scaled{desk.scores, columns, desk.scale, u > 0, next});
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = readers[(row + i) / r], at = (token - chunk.from) * r + (row + i) % r;
-        const int64_t visible = smaller(n, chunk.in.position(token) - from + 1);
+        const int64_t at = desk.place[i];
+        const int64_t visible = smaller(n, chunk.in.position(chunk.from + at / plan.r) - from + 1);
         weigh<Unit>(desk.scores + i * columns, visible, columns, own.m[at], own.l[at], desk.c + i * W);
         if (bad < visible) own.l[at] = __builtin_nanf("");
       }
       product<Unit>({reinterpret_cast<const Unit*>(desk.scores), columns, rows, along, dv, dv, units<Unit>(n)},
                     FromZero{}, MovedOn{desk.o, desk.c, next});
     }
+  }
+
+  // Rows of q and places of O for rows row .. row + rows - 1 of the readers; what the next panel needs is asked for.
+  void gather(const Desk& desk, const State& own, const Chunk& chunk, const int32_t* readers, int64_t row,
+              int64_t rows, const int32_t* end) const {
+    const int64_t d = lead<Unit>(plan.d), dv = padded(plan.dv), r = plan.r, bytes = plan.d * bytes_of(x.q.kind);
+    const int32_t *token = readers + row / r, *later = readers + (row + PANEL) / r;
+    int64_t head = row % r, later_head = (row + PANEL) % r;
+    for (int64_t i = 0; i < rows; ++i) {
+      desk.place[i] = (*token - chunk.from) * r + head;
+      desk.o[i] = own.o + desk.place[i] * dv;
+      pack_row(query(chunk, *token, head), x.q.kind, x.q.stride[3], plan.d, desk.q + i * d);
+      for (int64_t j = 0; j < dv; j += 16) __builtin_prefetch(desk.o[i] + j, 1, 2);
+      if (later < end)
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(query(chunk, *later, later_head) + j, 0, 2);
+      if (++head == r) head = 0, ++token;
+      if (++later_head == r) later_head = 0, ++later;
+    }
+  }
+  const char* query(const Chunk& chunk, int64_t token, int64_t head) const {
+    return at(x.q, chunk.in.batch, chunk.in.q0 + token, chunk.group * plan.r + head);
   }
 
   // Adds the later parts of a chunk to its first.
