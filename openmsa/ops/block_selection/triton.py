@@ -101,7 +101,8 @@ def launch_shape(
         stages = 2 if tile <= gpu.shared_bytes else 1
     else:  # two programs share a unit: while one ranks its maxima, the other multiplies
         stages = (gpu.shared_bytes // 2 - resident) // tile
-    warps = 8 if top_k > 32 or rows == 32 else 4  # with 4, these spill registers
+    crowded = top_k > 32 or (rows == 32 and not gpu.hip)  # four warps would spill registers
+    warps = 8 if crowded else 4
     sizes = {"ROWS": rows, "KEYS": keys, "CHUNK": chunk}
     return {**sizes, "num_warps": warps, "num_stages": max(1, min(4, stages))}
 
