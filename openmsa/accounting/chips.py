@@ -9,6 +9,8 @@ from pathlib import Path
 
 from openmsa.accounting.shapes import from_fields
 
+SHIPPED = Path(__file__).parent / "chips.json"
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -42,7 +44,7 @@ class Chip:
 
 def chips(file: Path | None = None) -> dict[str, Chip]:
     """The shipped chips; those of a user's file of the same form are added or stand instead."""
-    found = _read(Path(__file__).parent / "chips.json")
+    found = _read(SHIPPED)
     return found if file is None else {**found, **_read(file)}
 
 

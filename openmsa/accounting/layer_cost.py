@@ -7,10 +7,10 @@ Nothing here is measured, and the efficiencies are assumptions. Bytes of a promp
 in a row   width · keys / TILE + q + out             TILE query tokens share what is read, out of
                                                      registers or a cache on the chip
 gathered   the lesser of                             width: stored channels of a key and its value
-             width · keys + q + out                  every query fetches its own
+             width · keys + q + out                  every query fetches its own, but for those on
+                                                     the chip: as many of all as fit there
              width · s + blocks · (q + 2 out) + out  every block fetches its queries (paper, 3.2);
                                                      part of the output is written and read again
-           what fits on the chip is fetched once
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Assumptions:
 
     batch: sequences decoded together, each at the full context; a prompt is read alone. chips: None
     takes the fewest whose memory holds weights and caches. memory_share: of the memory, for those.
-    on_chip_bytes: what a last cache holds (an H100's).
+    on_chip_bytes: what the last cache holds (an H100's).
     """
 
     matrix_efficiency: float = 0.63
@@ -172,8 +172,8 @@ def _prefill_work(
     if part.blocks is None:
         moved = part.width * max(pairs / TILE, int(part.keys.max())) + s * (q + out)
     else:
-        on_chip = size * part.width * s <= given.on_chip_bytes
-        by_query = part.width * (s if on_chip else read) + s * (q + out)
+        missed = max(0.0, 1 - given.on_chip_bytes / (size * part.width * s))
+        by_query = part.width * max(s, missed * read) + s * (q + out)
         by_block = part.width * s + blocks * (q + 2 * out) + s * out
         moved = min(by_query, by_block)
     return Work(part.name, _flops(part, pairs), size * moved, size, part.chooses)

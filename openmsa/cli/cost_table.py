@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from openmsa.accounting.chips import Chip
+from openmsa.accounting.chips import SHIPPED, Chip
 from openmsa.accounting.cost import Estimate
 from openmsa.accounting.designs import DESIGNS, make
 from openmsa.accounting.shapes import Shape
@@ -56,6 +56,7 @@ def list_all(chips: Mapping[str, Chip], shapes: Mapping[str, Shape]) -> None:
     print("Sources:")
     for name, thing in named.items():
         print(f"  {name}: {thing.source}")
+    print(f"Prices move: copy {SHIPPED}, edit it and give it with --chip-file.")
 
 
 def tokens_text(tokens: int) -> str:
@@ -137,7 +138,8 @@ def _rests_on(report: Report) -> list[str]:
         f"{given.batch} sequences, attention's share of them, dollars per million tokens read and "
         f"written. Assumed: {given.matrix_efficiency:.0%} of the chip's matrix rate and "
         f"{given.memory_efficiency:.0%} of its memory rate, splitting over chips for free, "
-        f"{given.weight_bytes} bytes a weight and {given.cache_bytes} a channel of the cache.",
+        f"{given.weight_bytes} bytes a weight and {given.cache_bytes} a channel of the cache, "
+        f"chosen keys fetched anew for each query but for {si(given.on_chip_bytes)}B kept on the chip.",
         "Mechanisms stand at their published numbers, which read different amounts; compare costs "
         "at one budget with --set.",
     ]

@@ -112,7 +112,15 @@ def test_what_does_not_fit_is_marked(asked):
 def test_the_list_names_sources(asked):
     code, out, _ = asked("cost", "--list")
     assert code == 0
-    for word in ("h200", "minimax-m3", "qwen3-32b", "top_k=16", "arXiv 2606.13392", "data sheet"):
+    for word in (
+        "h200",
+        "minimax-m3",
+        "qwen3-32b",
+        "top_k=16",
+        "arXiv 2606.13392",
+        "data sheet",
+        "chips.json",
+    ):
         assert word in out
 
 
