@@ -139,7 +139,8 @@ def _rests_on(report: Report) -> list[str]:
         f"written. Assumed: {given.matrix_efficiency:.0%} of the chip's matrix rate and "
         f"{given.memory_efficiency:.0%} of its memory rate, splitting over chips for free, "
         f"{given.weight_bytes} bytes a weight and {given.cache_bytes} a channel of the cache, "
-        f"chosen keys fetched anew for each query but for {si(given.on_chip_bytes)}B kept on the chip.",
+        f"chosen keys fetched anew for each query but for {si(given.on_chip_bytes)}B kept on a "
+        "chip.",
         "Mechanisms stand at their published numbers, which read different amounts; compare costs "
         "at one budget with --set.",
     ]
