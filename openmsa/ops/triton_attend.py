@@ -28,6 +28,7 @@ from openmsa.ops.triton_rows import (
     load_rows,
     locate,
     not_finite,
+    put,
     reads_of,
     rows_of,
     seen,
@@ -100,12 +101,10 @@ def attend(q, k, v, out, lse, members, places, strides, batches, t, splits, scal
         reads, steps = 0, tl.cdiv(last + 1 - lo, S.BN).to(tl.int32)
     else:
         reads = tile_of_all * members.size
-        chunks: tl.constexpr = (S.block + S.BN - 1) // S.BN
-        steps = tl.load(members.count + tile_of_all) * chunks
+        steps = tl.load(members.count + tile_of_all) * ((S.block + S.BN - 1) // S.BN)
     share = tl.cdiv(steps, splits)
     begin = (split * share).to(tl.int32)
     end = tl.minimum(steps, begin + share)
-
     top, total, acc, low = read_keys(
         query, k, v, strides.k[1], strides.v[1], members, reads, lo, begin, end,
         slot, start, position, last, scale, S, False,
@@ -121,9 +120,7 @@ def attend(q, k, v, out, lse, members, places, strides, batches, t, splits, scal
     acc = acc / tl.where(nothing, 1.0, total)[:, None]
     stat = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
     row = ((split * batches + batch) * t + token) * S.heads + head
-    column = tl.arange(0, S.DV)
-    mask = there[:, None] & (column < S.dv)[None, :]
-    tl.store(out + row[:, None] * S.dv + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    put(out + row * S.dv, acc, there, S.dv)
     tl.store(lse + row, stat, mask=there)
 
 

@@ -107,10 +107,7 @@ def tile_gradients(
             query, slope, k, v, strides.k[1], strides.v[1], members, reads, lo, steps,
             slot, start, position, last, stat, sums, scale, S, True,
         )  # fmt: skip
-    column = tl.arange(0, S.D)
-    mask = there[:, None] & (column < S.d)[None, :]
-    at = row[:, None] * S.d + column[None, :]
-    tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty), mask=mask)
+    put(dq + row * S.d, acc * scale, there, S.d)
 
 
 @triton.jit

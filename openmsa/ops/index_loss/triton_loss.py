@@ -121,8 +121,8 @@ def compare(
         size: tl.constexpr = S.BN if S.whole else S.block
         inside = key < tl.minimum(last + 1 - first, size)
         keys = load_keys(k + first * k_stride, k_stride, key, inside, S.d, S.D)
-        at = k_index + first * index_stride
-        keys_index = load_keys(at, index_stride, key, inside, S.dv, S.DV)
+        at_index = k_index + first * index_stride
+        keys_index = load_keys(at_index, index_stride, key, inside, S.dv, S.DV)
         if CAREFUL:
             spoilt = not_finite(keys_index)
             keys_index = tl.where((spoilt == 0)[:, None], keys_index, 0.0)
@@ -135,8 +135,7 @@ def compare(
         if CAREFUL:
             y += spoilt[None, :]
         floor, edge = edges(mark, bits, slot, start, position, S)
-        visible = seen(key, floor, edge, S)
-        p = p / S.rows.r
+        visible, p = seen(key, floor, edge, S), p / S.rows.r
         # Where a weight is 0 its logarithm is -inf, and 0 * -inf would be NaN.
         gap = p * (tl.log2(tl.maximum(p, 1.2e-38)) - y) * LN2
         kl += tl.sum(tl.where(visible, gap, 0.0), 1)
