@@ -41,6 +41,8 @@ SIGNATURE = "a public door: half of it is the signature, one argument a line, an
 KERNEL = "a kernel: its arguments and where its tile lies come before the work"
 LONG_FUNCTIONS: dict[str, str] = {
     "openmsa/ops/block_selection/triton_select.py:select_kernel": KERNEL,
+    "openmsa/ops/index_loss/triton_loss.py:tile_loss": KERNEL,
+    "openmsa/ops/triton_attend_backward.py:owner_gradients": KERNEL,
     "openmsa/mechanisms/msa.py:msa_attention": SIGNATURE,
     "openmsa/ops/block_selection/__init__.py:select_blocks": SIGNATURE,
     "openmsa/ops/index_loss/__init__.py:index_loss": SIGNATURE,
