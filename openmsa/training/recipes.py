@@ -27,6 +27,8 @@ def dense_byte_3m() -> Recipe:
     lists = DataConfig(retrieval_share=0.9, tasks=("key_value",))
     common = {"weight_decay": 0.1, "attention": "dense"}
     steady = {"learning_rate": 3e-3, "warmup_steps": 100, **common}
+    falling = {"schedule": "linear", "decay_to": 0.02, **steady}
+    far = {**falling, "learning_rate": 1e-3, "data": FINDING}
     return Recipe(
         name="dense-byte-3m",
         data=DataConfig(source="stdlib", retrieval_share=0.5),
@@ -34,25 +36,8 @@ def dense_byte_3m() -> Recipe:
             Phase("short", steps=600, seq_len=256, batch_size=24, **steady),
             Phase("lists", steps=600, seq_len=160, batch_size=32, data=lists, **steady),
             Phase("middle", steps=200, seq_len=640, batch_size=12, **steady),
-            Phase(
-                "long",
-                steps=500,
-                seq_len=1536,
-                batch_size=5,
-                schedule="linear",
-                decay_to=0.02,
-                **steady,
-            ),
-            Phase(
-                "far",
-                steps=600,
-                seq_len=2048,
-                batch_size=4,
-                data=FINDING,
-                schedule="linear",
-                decay_to=0.02,
-                **{**steady, "learning_rate": 1e-3},
-            ),
+            Phase("long", steps=500, seq_len=1536, batch_size=5, **falling),
+            Phase("far", steps=600, seq_len=2048, batch_size=4, **far),
         ),
         precision="bf16",
         compile=True,
