@@ -206,35 +206,6 @@ struct Work {
   }
 };
 
-// delta of `n` rows (token, head of the wave) from number `row` on.
-template <class Unit>
-void find_delta(const Call& call, int64_t row, int64_t n, char* memory) {
-  const View *views[2] = {&call.x.dout, &call.x.out};
-  const int64_t step = lead<Unit>(call.dv), heads = call.wave_heads();
-  Unit* rows = take<Unit>(memory, 16 * step);
-  Unit* across[2] = {take<Unit>(memory, 16 * step), take<Unit>(memory, 16 * step)};
-  float* sums = take<float>(memory, 16);
-  for (const int64_t end = row + n; row < end; row += 16) {
-    const int64_t count = smaller(16, end - row);
-    for (int side = 0; side < 2; ++side) {
-      const View& x = *views[side];
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t token = (row + i) / heads, head = (row + i) % heads + call.wave_head();
-        pack_row(at(x, token / call.t, token % call.t, head), x.kind, x.stride[3], call.dv, rows + i * step);
-      }
-      turn(rows, count, step, units<Unit>(call.dv), across[side]);
-    }
-    for (int64_t c = 0; c < 16; c += W) {
-      V sum = zero();
-      for (int64_t u = 0; u < units<Unit>(call.dv); ++u)
-        sum = dot(sum, lanes(across[0] + u * 16 + c), lanes(across[1] + u * 16 + c));
-      store(sums + c, sum);
-    }
-    std::memcpy(call.delta + row, sums, size_t(count) * 4);
-    for (int64_t i = row; call.share && i < row + count; ++i) call.share[i] = 1.0f;
-  }
-}
-
 template <class Unit>
 struct Run {
   Call call;
@@ -280,7 +251,8 @@ struct Run {
   static void whole(void* context, int64_t task, int worker) {
     const Run& run = *static_cast<const Run*>(context);
     char* memory = run.scratch + worker * run.each;
-    Work<Unit>(run.call, run.both, memory).whole(run.call.at(task / run.call.kvs), run.call.kv + task % run.call.kvs);
+    const int64_t kvs = run.call.kvs;
+    Work<Unit>(run.call, run.both, memory).whole(run.call.at(task / kvs), run.call.kv + task % kvs);
   }
 
   int64_t bytes(const Wanted& wanted) const {
@@ -299,7 +271,8 @@ struct Run {
       most = larger(most, work);
     }
     const int64_t tasks = call.count * call.x.k.size[2], rounds = (tasks + threads - 1) / threads;
-    return threads == 1 || most * threads * 4 <= total || (!call.x.borders.count && rounds * threads * 4 <= tasks * 5);
+    if (!call.x.borders.count && rounds * threads * 4 <= tasks * 5) return true;
+    return threads == 1 || most * threads * 4 <= total;
   }
 
   void wave(int threads) {
@@ -333,7 +306,8 @@ bool run(const AttendBackwardArguments& x) {
   const int64_t kv_bytes = call.groups.per_kv * (numbers + (shared ? 0 : list));
   const int64_t kvs = larger(1, smaller(g, WAVE / larger(1, kv_bytes)));
   const Scratch wave(1, kvs * kv_bytes + (shared ? list : 0) + 512);
-  all.each = larger(48 * lead<Unit>(call.dv) * 4 + 256, all.is_whole ? all.bytes(all.both) : larger(all.bytes(all.keys), all.bytes(all.queries)));
+  const int64_t pass = larger(all.bytes(all.keys), all.bytes(all.queries));
+  all.each = larger(48 * lead<Unit>(call.dv) * 4 + 256, all.is_whole ? all.bytes(all.both) : pass);
   const Scratch scratch(int(threads), all.each);
   all.scratch = scratch.memory;
   if (!wave.memory || !scratch.memory) return false;

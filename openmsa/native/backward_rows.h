@@ -15,11 +15,11 @@ constexpr int64_t CHAIN = 32;  // floats added one to the next before they join 
 // A panel of query rows, and what goes with each.
 template <class Unit>
 struct Rows {
-  Unit *q, *dout;     // [panel][lead]
-  float *low, *delta, *share; // low: -lse, in the units of exp_of
-  float* limit;       // how many of the tile's keys it sees
-  int64_t* place;     // its number in the chunk
-  int64_t n, most;    // rows; the largest limit
+  Unit *q, *dout;              // [panel][lead]
+  float *low, *delta, *share;  // low: -lse, in the units of exp_of
+  float* limit;                // how many of the tile's keys it sees
+  int64_t* place;              // its number in the chunk
+  int64_t n, most;             // rows; the largest limit
 
   Rows(const Call& call, char*& memory)
       : q(take<Unit>(memory, call.panel * lead<Unit>(call.d))),
@@ -61,8 +61,7 @@ struct Rows {
     Unit *q_to = q + j * lead<Unit>(call.d), *dout_to = dout + j * lead<Unit>(call.dv);
     if (!spoilt(lse) && !spoilt(delta[j])) {
       pack_row(at(q_in, x.batch, x.q0 + token, head), q_in.kind, q_in.stride[3], call.d, q_to);
-      pack_row(at(dout_in, x.batch, x.q0 + token, head), dout_in.kind, dout_in.stride[3],
-               call.dv, dout_to);
+      pack_row(at(dout_in, x.batch, x.q0 + token, head), dout_in.kind, dout_in.stride[3], call.dv, dout_to);
       return;
     }
     if (lse == -INF) limit[j] = 0.0f;
@@ -141,6 +140,35 @@ __attribute__((noinline)) void accumulate(const Operands<Unit>& x, const Sums& t
   for (int64_t u = 0; u < x.n; u += chain)
     product<Unit>({x.a + u, x.a_step, x.rows, x.b + u * x.b_step, x.b_step, x.columns, smaller(chain, x.n - u)},
                   Fetch{to}, Add{to});
+}
+
+// delta of `n` rows (token, head of the wave) from number `row` on.
+template <class Unit>
+void find_delta(const Call& call, int64_t row, int64_t n, char* memory) {
+  const View *views[2] = {&call.x.dout, &call.x.out};
+  const int64_t step = lead<Unit>(call.dv), heads = call.wave_heads();
+  Unit* rows = take<Unit>(memory, 16 * step);
+  Unit* across[2] = {take<Unit>(memory, 16 * step), take<Unit>(memory, 16 * step)};
+  float* sums = take<float>(memory, 16);
+  for (const int64_t end = row + n; row < end; row += 16) {
+    const int64_t count = smaller(16, end - row);
+    for (int side = 0; side < 2; ++side) {
+      const View& x = *views[side];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = (row + i) / heads, head = (row + i) % heads + call.wave_head();
+        pack_row(at(x, token / call.t, token % call.t, head), x.kind, x.stride[3], call.dv, rows + i * step);
+      }
+      turn(rows, count, step, units<Unit>(call.dv), across[side]);
+    }
+    for (int64_t c = 0; c < 16; c += W) {
+      V sum = zero();
+      for (int64_t u = 0; u < units<Unit>(call.dv); ++u)
+        sum = dot(sum, lanes(across[0] + u * 16 + c), lanes(across[1] + u * 16 + c));
+      store(sums + c, sum);
+    }
+    std::memcpy(call.delta + row, sums, size_t(count) * 4);
+    for (int64_t i = row; call.share && i < row + count; ++i) call.share[i] = 1.0f;
+  }
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ OPENMSA_INLINE int64_t lead(int64_t channels) {
 // One row of d channels, `stride` elements apart, as floats; zeros up to `end`.
 inline void widen(const void* from, Kind kind, int64_t stride, int64_t d, float* to, int64_t end) {
   int64_t i = 0;
-  if (stride == 1 && kind == Kind::f32) {
+  if (stride == 1 && kind == Kind::f32 && d > 0) {
     for (; i + W <= d; i += W) store(to + i, load(static_cast<const float*>(from) + i));
   } else if (stride == 1) {
     const uint16_t* x = static_cast<const uint16_t*>(from);
@@ -38,7 +38,7 @@ inline void widen(const void* from, Kind kind, int64_t stride, int64_t d, float*
 // d floats -> a row of a tensor.
 inline void narrow(const float* from, void* to, Kind kind, int64_t stride, int64_t d) {
   int64_t i = 0;
-  if (stride == 1 && kind == Kind::f32) {
+  if (stride == 1 && kind == Kind::f32 && d > 0) {
     std::memcpy(to, from, size_t(d) * 4);
     i = d;
   } else if (stride == 1) {
