@@ -39,7 +39,7 @@ class DemoPlan:
 
     block_size: int = 16
     top_k: int = 8
-    warm_steps: int = 50
+    warm_steps: int = 80
     sparse_steps: int = 60
     num_texts: int = 24
     text_tokens: int = 2048

@@ -46,13 +46,13 @@ def dense_byte_3m() -> Recipe:
     )
 
 
-def msa_cpt(warm_steps: int = 50, sparse_steps: int = 60) -> Recipe:
+def msa_cpt(warm_steps: int = 80, sparse_steps: int = 60) -> Recipe:
     """Conversion of a trained dense model (MSA-CPT): the index alone, then everything, sparse.
 
     The default lengths suit the shipped model. The sparse phase decays to nothing, as the end of a
     continued pre-training does.
     """
-    sizes = {"seq_len": 1280, "batch_size": 5}
+    sizes = {"seq_len": 2048, "batch_size": 3}
     return Recipe(
         name="msa-cpt",
         data=FINDING,
