@@ -56,5 +56,6 @@ def _named(line: str, points, rows: Sequence[dict[str, str]], metric: str) -> st
     line = line.removeprefix("dense (").removesuffix(")") if line == SDPA else "dense"
     ours = dict(_points(rows, MSA, metric))
     at, value = points[-1]
-    factor = f", {value / ours[at]:.2g}x MSA" if at in ours else ""
+    times = value / ours[at] if at in ours else 0
+    factor = f", {times:.{0 if times >= 10 else 1}f}x MSA" if times else ""
     return line + factor
