@@ -108,7 +108,7 @@ OPENMSA_INLINE V score_tile(const Unit* rows, int64_t lead, const Key* keys, int
   for (int i = 0; i < W; ++i) sums[i] = zero();
   const Key* key[K];
   for (int i = 0; i < K; ++i) key[i] = keys + smaller(i, n - 1) * step;
-  const Key* ahead = step == lead ? keys + K * step : keys;  // the next keys, in the order of their addresses
+  const Key* ahead = step == lead ? keys + 8 * K * step : keys;  // keys to come, in the order of their addresses
   for (int64_t u = 0; u < lead; u += W) {
     decltype(lanes(rows)) left[R];
     for (int r = 0; r < R; ++r) left[r] = lanes(rows + r * lead + u);
