@@ -72,13 +72,13 @@ def index_belongs(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor) -> Non
 def positive(**numbers: int) -> None:
     """Whole numbers of at least 1."""
     for name, number in numbers.items():
-        _whole(name, number, 1)
+        whole(name, number, 1)
 
 
 def forced(local_blocks: int, sink_blocks: int, top_k: int) -> None:
     """Blocks that are always kept use slots, so they must fit into top_k."""
-    _whole("local_blocks", local_blocks, 0)
-    _whole("sink_blocks", sink_blocks, 0)
+    whole("local_blocks", local_blocks, 0)
+    whole("sink_blocks", sink_blocks, 0)
     if local_blocks + sink_blocks > top_k:
         raise ValueError(
             f"top_k={top_k} cannot hold {local_blocks + sink_blocks} blocks that are always kept "
@@ -86,9 +86,37 @@ def forced(local_blocks: int, sink_blocks: int, top_k: int) -> None:
         )
 
 
-def _whole(name: str, number: int, least: int) -> None:
+def windows(kernel: int, stride: int, block_size: int) -> None:
+    """Windows of `kernel` tokens, one every `stride`, leave out no token and begin where blocks
+    do."""
+    if stride > kernel:
+        raise ValueError(
+            f"stride={stride} must be at most kernel={kernel}, or tokens between windows are unread"
+        )
+    if block_size % stride:
+        raise ValueError(
+            f"block_size={block_size} must be a multiple of stride={stride}, so that every block "
+            "begins with a window"
+        )
+
+
+def whole(name: str, number: int, least: int) -> None:
+    """One whole number of at least `least`."""
     if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
+
+
+def layers(numbers) -> tuple[int, ...] | None:
+    """Layer numbers, each once, ascending; None for every layer."""
+    if numbers is None:
+        return None
+    if isinstance(numbers, (str, int)):
+        raise ValueError(f"layers must be a list of layer numbers or None, got {numbers!r}")
+    for number in numbers:
+        whole("layers", number, 0)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"layers must name each layer once, got {tuple(numbers)}")
+    return tuple(sorted(numbers))
 
 
 def scale_or_default(name: str, scale: float | None, dim: int) -> float:
@@ -170,12 +198,12 @@ def sequences(
             f"cu_seqlens_q and cu_seqlens_k must have one length, got {cu_seqlens_q.shape[0]} and "
             f"{cu_seqlens_k.shape[0]}"
         )
-    if _readable(cu_seqlens_q) and _readable(cu_seqlens_k):
+    if readable(cu_seqlens_q) and readable(cu_seqlens_k):
         _borders(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), t, s)
     return cu_seqlens_q, cu_seqlens_k
 
 
-def _readable(borders: Tensor) -> bool:
+def readable(borders: Tensor) -> bool:
     """Reading is free: an ordinary CPU tensor, and nobody is tracing."""
     return (
         borders.device.type == "cpu"

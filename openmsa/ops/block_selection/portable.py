@@ -1,9 +1,6 @@
 """Block selection in bounded memory: pieces of scores, each reduced to its blocks' maxima.
 
-Scores lie keys first, [s, g * t], so that the maximum over a block runs along rows. The order that
-the definition asks for (forced, then score descending, then block number ascending) becomes one
-whole number per block, and the best k numbers are the answer: no two are equal, so ties cannot
-depend on the device.
+Scores lie keys first, [s, g * t], so that the maximum over a block runs along rows.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from openmsa.ops.ranking import best_blocks
 from openmsa.ops.workspace import accumulate_dtype, no_autocast, rows_at_once
 
 # Keys scored at once: one piece of scores and of fp32 keys stays in a CPU's caches.
@@ -88,7 +86,7 @@ def _one_problem(q_index, k_index, rule, index_scale, blocks):
             some = slice(b0, b0 + batches), slice(t0, min(t, t0 + tokens))
             position = s - t + some[1].start
             best = _block_scores(q_index[some], k_index[some[0]], rule[0], index_scale, position)
-            blocks[some[0], :, some[1]] = _best_blocks(best, rule, position)
+            blocks[some[0], :, some[1]] = best_blocks(best, rule, position)
 
 
 def _block_scores(q_index, k_index, block_size, index_scale, position):
@@ -134,32 +132,3 @@ def _hide_future(scores, start, position, t):
     future = key > torch.arange(position, position + t, device=scores.device)
     last = scores.unflatten(2, (-1, t))[:, hide - start :]
     last.add_(torch.where(future, -math.inf, 0.0).to(scores.dtype)[:, None])
-
-
-def _best_blocks(best, rule, position):
-    """best [b, g, t, n] -> int32 [b, g, t, top_k], ascending, -1 at the end."""
-    block_size, top_k, local_blocks, sink_blocks = rule
-    t, n = best.shape[-2:]
-    block = torch.arange(n, device=best.device)
-    own = torch.arange(position, position + t, device=best.device)[:, None] // block_size
-    order = _whole_numbers(best)
-    lowest, highest = torch.iinfo(order.dtype).min, torch.iinfo(order.dtype).max
-    forced = (block > own - local_blocks) | (block < sink_blocks)
-    order.masked_fill_(forced, highest).masked_fill_(block > own, lowest)
-    if order.dtype == torch.int32:
-        # Below the score the block number, so that equal scores prefer the lower one.
-        order = (order.long() << 32) + (2**31 - block)
-        kept = order.topk(min(top_k, n), -1, sorted=False).indices
-    else:
-        kept = order.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    kept = torch.where(kept > own, n, kept).to(torch.int32).sort(-1).values
-    kept = kept.masked_fill_(kept == n, -1)
-    return torch.nn.functional.pad(kept, (0, top_k - kept.shape[-1]), value=-1)
-
-
-def _whole_numbers(x: Tensor) -> Tensor:
-    """int32 (int64 for fp64) in the order of x; -0 and +0 become equal; NaN must be gone."""
-    kind = torch.int64 if x.dtype == torch.float64 else torch.int32
-    bits = (x + 0.0).contiguous().view(kind)
-    # Bits of negative floats ascend with their size; flipping all but the sign turns that around.
-    return bits ^ ((bits >> torch.iinfo(kind).bits - 1) & torch.iinfo(kind).max)

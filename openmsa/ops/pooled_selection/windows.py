@@ -1,0 +1,62 @@
+"""Windows: runs of `kernel` tokens, one beginning every `stride` tokens of a sequence.
+
+Window j holds tokens j * stride ... j * stride + kernel - 1 of its sequence, and exists if all of
+them do. Windows of packed sequences are numbered through, sequence by sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmsa.ops import checks
+from openmsa.ops.workspace import accumulate_dtype, rows_at_once
+
+
+def num_windows(num_keys: int, kernel: int, stride: int) -> int:
+    """How many windows lie wholly within `num_keys` tokens."""
+    return max(0, (num_keys - kernel) // stride + 1)
+
+
+def window_borders(cu_seqlens_k: Tensor, kernel: int, stride: int) -> Tensor:
+    """First window of every packed sequence, and one past the last: int32 [sequences + 1]."""
+    windows = ((cu_seqlens_k.diff() - kernel) // stride + 1).clamp(min=0)
+    return torch.nn.functional.pad(windows.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def mean_pool(
+    k: Tensor, *, kernel: int, stride: int, cu_seqlens_k: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The mean of every window: k [b, s, g, d] -> [b, n, g, d], and its `window_borders`.
+
+    Sums are fp32 (fp64 for fp64) and rounded once, to the dtype of k. Packed sequences (batch 1
+    with cu_seqlens_k): n is s // stride whatever the lengths, and rows behind the last border are
+    zero; unpacked: `num_windows`, and no borders. Carries gradient. Raises ValueError for a stride
+    above the kernel.
+    """
+    checks.shapes(k=(k, "b s g d"))
+    checks.positive(kernel=kernel, stride=stride)
+    if stride > kernel:
+        raise ValueError(f"stride={stride} must be at most kernel={kernel}")
+    s = k.shape[1]
+    if cu_seqlens_k is None:
+        first = torch.arange(num_windows(s, kernel, stride), device=k.device) * stride
+        return _means(k, first, kernel), None
+    borders = window_borders(cu_seqlens_k, kernel, stride)
+    window = torch.arange(s // stride, device=k.device)
+    owner = torch.searchsorted(borders[1:], window, right=True).clamp(max=borders.shape[0] - 2)
+    first = cu_seqlens_k[owner] + (window - borders[owner]) * stride
+    unused = (window >= borders[-1])[:, None, None]
+    return _means(k, first, kernel).masked_fill(unused, 0), borders
+
+
+def _means(k: Tensor, first: Tensor, kernel: int) -> Tensor:
+    """k [b, s, g, d], the first token of every window [n] -> [b, n, g, d]"""
+    b, s, g, d = k.shape
+    at_once = rows_at_once(8 * max(1, b * kernel * g * d), k.device)
+    means = [k.new_empty(b, 0, g, d)]
+    for some in first.split(at_once):
+        token = (some[:, None] + torch.arange(kernel, device=k.device)).clamp(max=s - 1)
+        tokens = k.index_select(1, token.flatten()).unflatten(1, token.shape)
+        means.append(tokens.mean(2, dtype=accumulate_dtype(k)).to(k.dtype))
+    return torch.cat(means, 1)
