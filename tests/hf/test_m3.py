@@ -135,7 +135,7 @@ def test_hooks_of_accelerate_stay_in_front():
     [
         (
             tiny_model,
-            "is a Qwen3ForCausalLM; enable takes a MiniMaxM3VLForCausalLM or Mini.*convert",
+            "is a Qwen3ForCausalLM; enable takes a MiniMaxM3VLForC.*convert",
         ),
         (lambda: tiny_m3().model, "is a MiniMaxM3VLTextModel; enable takes"),
         (lambda: torch.nn.Linear(2, 2), "is a Linear; enable takes"),
