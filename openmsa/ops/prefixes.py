@@ -38,7 +38,7 @@ def pieces(
     """Cut q [b, t, h, d] against k [b, s, g, d] so that a piece's scores fit the workspace."""
     g = k.shape[2]
     r = q.shape[2] // g
-    for batch, q0, q1, k0, k1 in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+    for batch, q0, q1, k0, k1 in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         t, s = q1 - q0, k1 - k0
         if t == 0:
             continue
@@ -59,7 +59,10 @@ def pieces(
                 )
 
 
-def _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
+def sequences(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[tuple[int, int, int, int, int]]:
+    """(batch, first query, one past the last, first key, one past the last) of every sequence."""
     if cu_seqlens_q is None:
         return [(i, 0, q.shape[1], 0, k.shape[1]) for i in range(q.shape[0])]
     borders_q, borders_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
