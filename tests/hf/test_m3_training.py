@@ -1,0 +1,210 @@
+"""The index of an enabled MiniMax-M3 learns, and no trainer has to know."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import openmsa
+from openmsa import hf
+from tests.hf.m3_tiny import tiny_m3
+from tests.hf.test_training import checkpointing, gradients, parts
+from tests.hf.tiny import tiny_tokens
+
+
+def trained(phase: str = "sparse", **kwargs):
+    model = hf.enable(tiny_m3()).train()
+    hf.set_phase(model, phase, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_each_loss_reaches_its_own_parameters_only(phase):
+    model, ids = trained(phase), tiny_tokens(2, 40)
+    index, backbone = parts(model)
+    out = model(ids, labels=ids)
+    out["index_loss"].sum().backward(retain_graph=True)
+    by_index = gradients(model)
+    assert all(by_index[name] is None for name in backbone)
+    assert all(by_index[name].abs().max() > 0 for name in index)
+    out["lm_loss"].backward()
+    by_lm = gradients(model)
+    assert all(by_lm[name] is None for name in index)
+    assert all(by_lm[name].abs().max() > 0 for name in backbone if "experts" not in name)
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_the_index_loss_is_the_definition_on_what_the_layer_attends_with(phase):
+    model, ids = trained(phase, index_loss_weight=0.3), tiny_tokens(2, 40)
+    with hf.capture_attention(model) as calls:
+        out = model(ids, labels=ids)
+    for call, loss in zip(calls, out["index_loss"], strict=True):
+        assert (call.selection is None) == (phase == "warmup")
+        expected = openmsa.index_loss(
+            call.q, call.k, call.q_index, call.k_index, call.selection, backend="reference"
+        )
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(out.loss, out["lm_loss"] + 0.3 * out["index_loss"].sum())
+
+
+def test_the_router_loss_stays_in_the_loss():
+    ids, theirs = tiny_tokens(2, 40), tiny_m3().train()
+    expected = theirs(ids, labels=ids, output_router_logits=True)
+    out = trained()(ids, labels=ids, output_router_logits=True)
+    torch.testing.assert_close(out["lm_loss"], expected.loss)
+    torch.testing.assert_close(out["aux_loss"], expected.aux_loss)
+
+
+def test_accumulated_micro_batches_are_the_full_batch():
+    model, ids = trained(), tiny_tokens(3, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :13], mask[2, 30:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    full = model(ids, attention_mask=mask, labels=labels)
+    full.loss.backward()
+    expected = gradients(model)
+    total = {
+        "num_items_in_batch": (labels[:, 1:] != -100).sum(),
+        "index_rows_in_batch": int(mask.sum()),
+    }
+    loss = 0.0
+    for part in (slice(0, 2), slice(2, 3)):
+        out = model(ids[part], attention_mask=mask[part], labels=labels[part], **total)
+        out.loss.backward()
+        loss = loss + out.loss.detach()
+    torch.testing.assert_close(loss, full.loss.detach())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointed_layers_count_once(frozen):
+    model, ids = trained(), tiny_tokens(2, 40)
+    hf.freeze_backbone(model, frozen)
+    plain = model(ids, labels=ids)
+    plain.loss.backward()
+    expected = gradients(model)
+    checkpointing(model, reentrant=False)
+    with hf.capture_attention(model) as calls:
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+    assert len(calls) > 2  # the layers did run again
+    assert torch.equal(out.loss, plain.loss)
+    for name, gradient in gradients(model).items():
+        assert (gradient is None) == (expected[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name])
+    checkpointing(model, reentrant=True)
+    with pytest.raises(ValueError, match='"use_reentrant": False'):
+        model(ids, labels=ids)
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_autocast_computes_the_same_within_its_precision(phase):
+    model, ids = trained(phase), tiny_tokens(2, 40)
+    exact = model(ids, labels=ids)
+    with torch.autocast("cpu", torch.bfloat16), hf.capture_attention(model) as calls:
+        out = model(ids, labels=ids)
+    assert calls[0].q.dtype == calls[0].k_index.dtype == torch.bfloat16
+    out.loss.backward()
+    torch.testing.assert_close(out["lm_loss"], exact["lm_loss"], atol=0.1, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None for _, p in hf.index_parameters(model))
+
+
+def test_a_frozen_backbone_trains_the_index_alone():
+    model, ids = trained("warmup"), tiny_tokens(2, 40)
+    index, backbone = parts(model)
+    hf.freeze_backbone(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == index
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(5):
+        out = model(ids, labels=ids)
+        losses.append(out["index_loss"].sum().item())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in backbone)
+    assert not any(torch.equal(after[name], before[name]) for name in index)
+
+
+class _Logged(Trainer):
+    """A trainer that reads the output's index_loss, and changes nothing."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, out = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.seen = out["index_loss"].detach()
+        return (loss, out) if return_outputs else loss
+
+
+def arguments(folder, **more) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        **more,
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_trains_the_index(tmp_path, bf16):
+    model = hf.enable(tiny_m3())
+    rows = [{"input_ids": row, "labels": row} for row in tiny_tokens(12, 40)]
+    before = {n: p.detach().clone() for n, p in hf.index_parameters(model)}
+    trainer = _Logged(model=model, args=arguments(tmp_path, bf16=bf16), train_dataset=rows)
+    trainer.train()
+    assert trainer.seen.shape == (2,) and (trainer.seen > 0).all()
+    for name, parameter in hf.index_parameters(model):
+        assert not torch.equal(parameter, before[name])
+
+
+def adapted(model, targets: list[str]):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["enabled first", "adapted first"])
+def test_adapters_on_main_and_index_projections_learn(late):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if late:
+        model = hf.enable(adapted(tiny_m3(), targets))
+    else:
+        model = adapted(hf.enable(tiny_m3()), targets)
+    ids = tiny_tokens(2, 40)
+    out = model.train()(input_ids=ids, labels=ids)
+    out.loss.backward()
+    learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learned == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(".indexer." in name and "lora_" in name for name in learned) == 8
+    merged = model.merge_and_unload()
+    assert hf.msa_layers(merged) == [1, 2]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids, labels=ids)["index_loss"], out["index_loss"])
+
+
+def test_adapters_on_the_index_alone_warm_it_up():
+    model = adapted(hf.enable(tiny_m3()), ["indexer.q_proj", "indexer.k_proj"]).train()
+    hf.set_phase(model.get_base_model(), "warmup")
+    ids, losses = tiny_tokens(2, 40), []
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    for _ in range(5):
+        out = model(input_ids=ids, labels=ids)
+        losses.append(out["index_loss"].sum().item())
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
