@@ -1,8 +1,8 @@
 """The attention function "openmsa" of transformers, and the attention module that feeds it.
 
-A converted layer computes its index, puts the index keys into the cache and lets its base class do
-the rest: the base projects, rotates, caches and calls the attention function with whatever keyword
-arguments came in.
+A converted layer computes what its mechanism reads off the hidden states, puts the index keys (if
+there are any) into the cache and lets its base class do the rest: the base projects, rotates,
+caches and calls the attention function with whatever keyword arguments came in.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from openmsa.hf.cache import MSACacheLayer, msa_cache_layer
-from openmsa.hf.index_branch import index_of
+from openmsa.hf.context import dense_in_context
 from openmsa.hf.layout import Layout, find_layout, pack, unpack
-from openmsa.mechanisms.msa import MSAConfig, MSAOutput, msa_attention
+from openmsa.hf.room import Attended, Room, Tensors
+from openmsa.ops.context_parallel import Chunk, Context, attend_in_chunks
 from openmsa.selection import Selection
 
 NAME = "openmsa"
@@ -27,32 +28,38 @@ NAME = "openmsa"
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a sparse layer attended with, detached.
+    """What a converted layer attended with, detached.
 
     q [b, t, h, d], k and v [b, s, g, d], q_index [b, t, g, d_index], k_index [b, s, d_index];
     packed (b = 1, with cu_seqlens) where the batch was padded or packed. selection is None in the
-    phases "dense" and "warmup".
+    phases "dense" and "warmup". The index's tensors and scale are None where there is no index;
+    others: what else the mechanism reads per query token, by name; room: the mechanism.
     """
 
     layer: int
     q: Tensor
     k: Tensor
     v: Tensor
-    q_index: Tensor
-    k_index: Tensor
+    q_index: Tensor | None
+    k_index: Tensor | None
     selection: Selection | None
     scale: float
-    index_scale: float
+    index_scale: float | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    others: dict[str, Tensor] = field(default_factory=dict)
+    room: Room | None = None
 
 
-@dataclass(eq=False)
 class LossRecord:
-    """Index losses of one forward pass, by layer: recomputing a layer does not count twice."""
+    """Index losses of one forward pass, by layer: recomputing a layer does not count twice.
 
-    losses: dict[int, Tensor] = field(default_factory=dict)
-    with_gradient: bool = field(default_factory=torch.is_grad_enabled)
+    No dataclass: FSDP copies those on their way into a layer.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[int, Tensor] = {}
+        self.with_gradient = torch.is_grad_enabled()
 
     def keep(self, layer: int, loss: Tensor) -> None:
         self.losses.setdefault(layer, loss)
@@ -80,36 +87,37 @@ class Masks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Index:
-    """The index of one call, on its way through the base class."""
+class _Read:
+    """What a layer read off the hidden states, on its way through the base class."""
 
-    queries: Tensor
-    keys: Tensor
+    queries: dict[str, Tensor]
+    index_keys: Tensor | None
     cache: MSACacheLayer | None
 
-    def all_keys(self) -> Tensor:
-        return self.keys if self.cache is None else self.cache.take_index()
+    def with_main(self, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+        """All that the attention of this step reads; index keys of the whole cache."""
+        index_keys = self.index_keys if self.cache is None else self.cache.take_index()
+        index = {} if index_keys is None else {"k_index": index_keys}
+        return Tensors({"q": q, **self.queries}, {"k": k, "v": v, **index})
 
 
 class MSAAttentionMixin:
     """What the attention class of every converted layer adds to that of its base."""
 
-    msa: MSAConfig
-    msa_d_index: int
+    msa_room: Room
     msa_phase = "sparse"
     msa_calls: list[AttentionCall] | None = None
 
     def forward(self, hidden_states, *args, **kwargs):
         check_name(self.config._attn_implementation)
-        queries, keys = index_of(
-            self, hidden_states.detach(), kwargs["position_embeddings"], self.msa_d_index
-        )
+        room = self.msa_room
+        queries, index_keys = room.read(self, hidden_states, kwargs["position_embeddings"])
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        layer = None if cache is None else msa_cache_layer(cache, self.layer_idx)
+        layer = None if cache is None else msa_cache_layer(cache, self.layer_idx, room.INDEX)
         if layer is not None:
-            layer.stage(keys)
-        index = _Index(queries, keys, layer)
-        return super().forward(hidden_states, *args, msa_index=index, **kwargs)
+            layer.stage(index_keys)
+        read = _Read(queries, index_keys, layer)
+        return super().forward(hidden_states, *args, msa_read=read, **kwargs)
 
 
 def check_name(attn_implementation: str) -> None:
@@ -137,7 +145,7 @@ def attention_function(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    msa_index: _Index | None = None,
+    msa_read: _Read | None = None,
     msa_record: LossRecord | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -147,7 +155,14 @@ def attention_function(
     dense runs transformers' scaled dot product attention, its sliding window and all.
     Raises ValueError for dropout, for attention that is not causal and for custom masks.
     """
-    if msa_index is None:
+    if msa_read is None:
+        _check_not_selected(kwargs)
+        if isinstance(context := kwargs.get("msa_layout"), Context):
+            window = kwargs.get("sliding_window")
+            out = dense_in_context(
+                module, query, key, value, context, scale=scaling, sliding_window=window
+            )
+            return out, None
         mask = attention_mask.full if isinstance(attention_mask, Masks) else attention_mask
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
@@ -164,11 +179,20 @@ def attention_function(
         kwargs["msa_layout"] if "msa_layout" in kwargs else _layout(q, k, attention_mask, kwargs)
     )
     call = _Call(module, scaling, msa_record if module.msa_phase != "dense" else None)
-    tensors = (q, k, v, msa_index.queries, msa_index.all_keys())
-    if module.msa_calls is not None and msa_index.cache is not None:
-        msa_index.cache.expose()
+    tensors = msa_read.with_main(q, k, v)
+    if module.msa_calls is not None and msa_read.cache is not None:
+        msa_read.cache.expose()
     with torch.autocast(q.device.type, enabled=False):
         return call.over(_one_dtype(tensors), layout), None
+
+
+def _check_not_selected(kwargs: dict) -> None:
+    """Raises ValueError for a layer whose own indexer has chosen blocks: it would run dense."""
+    if kwargs.get("block_indices") is not None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} alone would run the sparse layers of this model dense; "
+            "call openmsa.hf.enable(model)"
+        )
 
 
 def _layout(q: Tensor, k: Tensor, masks: Masks | None, kwargs: dict) -> Layout | None:
@@ -184,12 +208,13 @@ def _layout(q: Tensor, k: Tensor, masks: Masks | None, kwargs: dict) -> Layout |
     )
 
 
-def _one_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _one_dtype(tensors: Tensors) -> Tensors:
     """As autocast wants it, like transformers' own attention; without autocast, as the values."""
-    kind = tensors[0].device.type
+    values = tensors.keys["v"]
+    kind = values.device.type
     auto = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if auto else tensors[2].dtype
-    return tuple(x.to(dtype) for x in tensors)
+    dtype = torch.get_autocast_dtype(kind) if auto else values.dtype
+    return tensors.each(lambda x: x.to(dtype), lambda x: x.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -198,54 +223,79 @@ class _Call:
     scale: float
     record: LossRecord | None
 
-    def over(self, tensors: tuple[Tensor, ...], layout: Layout | None) -> Tensor:
-        q, k = tensors[:2]
+    def over(self, tensors: Tensors, layout: Layout | Context | None) -> Tensor:
+        q, k = tensors.queries["q"], tensors.keys["k"]
         if layout is None:
             return self._attend(tensors).out
+        if isinstance(layout, Context):
+            return self._in_context(tensors, layout)
         decoding = k.shape[1] > q.shape[1] and self.record is None and self.module.msa_calls is None
         if layout.spans is not None and decoding:
             return self._by_spans(tensors, layout)
-        slots = (layout.query_slots, layout.key_slots)
-        packed = [pack(x, slots[i]) for x, i in zip(tensors, (0, 1, 1, 0, 1))]
+        packed = tensors.each(
+            lambda x: pack(x, layout.query_slots), lambda x: pack(x, layout.key_slots)
+        )
         borders = (layout.cu_seqlens_q.to(q.device), layout.cu_seqlens_k.to(q.device))
         out = self._attend(packed, *borders).out
         return unpack(out, layout.query_slots, q.shape[0], q.shape[1])
 
-    def _by_spans(self, tensors: tuple[Tensor, ...], layout: Layout) -> Tensor:
+    def _by_spans(self, tensors: Tensors, layout: Layout) -> Tensor:
         """Attend without copying the cache: each span of rows is a view of it."""
-        q, v = tensors[0], tensors[2]
+        q, v = tensors.queries["q"], tensors.keys["v"]
         out = q.new_zeros(*q.shape[:3], v.shape[3])
         for span in layout.spans:
-            taken = (span.queries, span.keys, span.keys, span.queries, span.keys)
-            part = [x[span.rows, where] for x, where in zip(tensors, taken)]
-            out[span.rows, span.queries] = self._attend(part).out
+            queries, keys = (span.rows, span.queries), (span.rows, span.keys)
+            part = tensors.each(lambda x, at=queries: x[at], lambda x, at=keys: x[at])
+            out[queries] = self._attend(part).out
         return out
 
-    def _attend(self, tensors, cu_seqlens_q=None, cu_seqlens_k=None) -> MSAOutput:
-        module, config, record = self.module, self.module.msa, self.record
+    def _in_context(self, tensors: Tensors, context: Context) -> Tensor:
+        """Queries of this process against the keys of all; its loss is the mean over its own."""
+        module, record, names = self.module, self.record, set(tensors.queries)
         if record is not None:
             record.check()
-        result = msa_attention(
-            *tensors,
-            block_size=config.block_size,
-            top_k=config.top_k,
-            phase=module.msa_phase,
-            local_blocks=config.local_blocks,
-            sink_blocks=config.sink_blocks,
-            scale=self.scale,
+
+        def attend(part: dict[str, Tensor], chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+            kept = None if record is None else LossRecord()
+            queries = {name: part.pop(name) for name in names}
+            borders = (chunk.cu_seqlens_q, chunk.cu_seqlens_k)
+            out = _Call(module, self.scale, kept)._attend(Tensors(queries, part), *borders).out
+            return out, None if kept is None else kept.losses[module.layer_idx]
+
+        out, loss = attend_in_chunks(context, tensors.queries, tensors.keys, attend)
+        if record is not None:
+            record.keep(module.layer_idx, loss)
+        return out
+
+    def _attend(self, tensors: Tensors, cu_seqlens_q=None, cu_seqlens_k=None) -> Attended:
+        module, record = self.module, self.record
+        if record is not None:
+            record.check()
+        result = module.msa_room.attend(
+            module,
+            tensors,
             with_index_loss=record is not None,
+            phase=module.msa_phase,
+            scale=self.scale,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
         if record is not None:
             record.keep(module.layer_idx, result.index_loss)
         if module.msa_calls is not None:
-            detached = [x.detach() for x in tensors]
-            scales = (self.scale, module.msa_d_index**-0.5)
             borders = (cu_seqlens_q, cu_seqlens_k)
-            call = AttentionCall(module.layer_idx, *detached, result.selection, *scales, *borders)
-            module.msa_calls.append(call)
+            module.msa_calls.append(self._seen(tensors, result.selection, borders))
         return result
+
+    def _seen(self, tensors: Tensors, selection: Selection | None, borders) -> AttentionCall:
+        module, room = self.module, self.module.msa_room
+        found = {name: x.detach() for name, x in tensors.named().items()}
+        main = [found.pop(name) for name in ("q", "k", "v")]
+        index = [found.pop(name, None) for name in ("q_index", "k_index")]
+        scales = (self.scale, room.index_scale(module))
+        return AttentionCall(
+            module.layer_idx, *main, *index, selection, *scales, *borders, others=found, room=room
+        )
 
 
 AttentionInterface.register(NAME, attention_function)

@@ -1,4 +1,5 @@
-"""The cache of a sparse layer: index keys beside keys and values, through every operation."""
+"""The cache of a converted layer: keys and values, and index keys beside them where there are any,
+through every operation."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 NAMES = ("keys", "values", "index_keys")
 
 
-def msa_cache_layer(cache: Cache, layer: int) -> MSACacheLayer:
-    """The layer of `cache` for a sparse layer of the model.
+def msa_cache_layer(cache: Cache, layer: int, with_index: bool = True) -> MSACacheLayer:
+    """The layer of `cache` for a converted layer of the model; with_index: it keeps index keys.
 
-    An empty layer of a DynamicCache is exchanged for ours.
-    Raises ValueError for any other kind of cache, and for one that a dense model has filled.
+    A layer of a DynamicCache is exchanged for ours: an empty one, or, without an index, one that
+    a dense model has filled.
+    Raises ValueError for any other kind of cache, and for one whose index keys are missing or
+    nobody's.
     """
     remedy = "pass DynamicCache(), or leave the cache out"
     if not isinstance(cache, Cache):
@@ -24,37 +27,45 @@ def msa_cache_layer(cache: Cache, layer: int) -> MSACacheLayer:
     while make is not None and len(cache.layers) <= layer:
         cache.layers.append(make())
     found = cache.layers[layer] if layer < len(cache.layers) else None
-    if isinstance(found, MSACacheLayer):
+    if isinstance(found, MSACacheLayer) and found.with_index == with_index:
         return found
-    if type(found) is not DynamicLayer:
+    if type(found) not in (DynamicLayer, MSACacheLayer):
         kind = f"{type(cache).__name__} with {type(found).__name__}"
+        what = "index keys, which" if with_index else "all keys in their order, which"
+        raise ValueError(f"layer {layer} is sparse and keeps {what} {kind} cannot hold; {remedy}")
+    if found.get_seq_length() > 0 and (with_index or isinstance(found, MSACacheLayer)):
+        what = "but no index keys" if with_index else "and index keys that would be lost"
         raise ValueError(
-            f"layer {layer} is sparse and keeps index keys, which {kind} cannot hold; {remedy}"
-        )
-    if found.get_seq_length() > 0:
-        raise ValueError(
-            f"the cache holds {found.get_seq_length()} tokens but no index keys for layer {layer}: "
+            f"the cache holds {found.get_seq_length()} tokens {what} for layer {layer}: "
             f"another model filled it; {remedy} and run the converted model on the whole prompt"
         )
-    cache.layers[layer] = MSACacheLayer()
+    cache.layers[layer] = MSACacheLayer(with_index=with_index)
+    if found.get_seq_length() > 0:
+        cache.layers[layer].adopt(found)
     return cache.layers[layer]
 
 
 class MSACacheLayer(DynamicLayer):
-    """Keys, values [b, g, s, d] and index_keys [b, s, d_index] of one layer.
+    """Keys, values [b, g, s, d] and, with_index, index_keys [b, s, d_index] of one layer.
 
-    The three are views of the first s rows of larger buffers, so appending a token writes a token.
-    A row that was read through one of the three names is never written again: whoever holds it
-    keeps what was read.
+    They are views of the first s rows of larger buffers, so appending a token writes a token.
+    A row that was read through one of these names is never written again: whoever holds it keeps
+    what was read.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, with_index: bool = True, **kwargs):
+        self.with_index = with_index
         self._rows: dict[str, Tensor] = {}
         self._length = 0
         self._exposed = 0  # rows that an outside reader may still hold
         self._staged: Tensor | None = None
         self._handed: Tensor | None = None
         super().__init__(**kwargs)
+
+    def adopt(self, filled: DynamicLayer) -> None:
+        """Go on where a dense model's layer stopped."""
+        self.lazy_initialization(filled.keys, filled.values)
+        self.keys, self.values = filled.keys, filled.values
 
     def _read(self, name: str) -> Tensor | None:
         self.expose()
@@ -77,11 +88,11 @@ class MSACacheLayer(DynamicLayer):
         """From here on somebody outside may hold views of the rows."""
         self._exposed = max(self._exposed, self._length)
 
-    def stage(self, index_keys: Tensor) -> None:
-        """Index keys [b, t, d_index] of the tokens that the next `update` brings."""
+    def stage(self, index_keys: Tensor | None) -> None:
+        """Index keys [b, t, d_index], if any, of the tokens that the next `update` brings."""
         self._staged = index_keys
 
-    def take_index(self) -> Tensor:
+    def take_index(self) -> Tensor | None:
         """All index keys [b, s, d_index] after `update`; once, for the attention of this step."""
         handed, self._handed = self._handed, None
         return handed
@@ -93,22 +104,23 @@ class MSACacheLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values [b, g, t, d] with the staged index keys; all of each comes back.
+        """Append keys and values [b, g, t, d] with the staged index keys; all keys and values come
+        back.
 
         Raises ValueError if no index keys were staged: a dense model uses a converted model's
         cache.
         """
         index_keys, self._staged = self._staged, None
-        if index_keys is None:
+        if index_keys is None and self.with_index:
             raise ValueError(
                 "this cache belongs to a converted model and expects index keys, but none came "
                 "with the new keys; give every model a cache of its own"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = dict(zip(NAMES, (key_states, value_states, index_keys), strict=True))
-        for name, rows in new.items():
-            self._append(name, rows)
+        for name, rows in zip(NAMES, (key_states, value_states, index_keys), strict=True):
+            if rows is not None:
+                self._append(name, rows)
         self._exposed = min(self._exposed, self._length)
         self._length += key_states.shape[-2]
         if torch.is_grad_enabled():

@@ -11,7 +11,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from openmsa.hf.classes import rotation_of
 from openmsa.hf.derive import pairs_of
-from openmsa.mechanisms.msa import MSAConfig
 
 PROBE = "openmsa_probe"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -38,7 +37,10 @@ def causal_lm(model: nn.Module) -> None:
             f"{kind} does not choose its attention function by transformers' AttentionInterface"
         )
     if hasattr(model.config, "index_n_heads"):
-        raise ValueError(f"{kind} has an index of its own already (index_n_heads in its config)")
+        raise ValueError(
+            f"{kind} has an index of its own already (index_n_heads in its config); if it is a "
+            "MiniMax-M3, call openmsa.hf.enable(model)"
+        )
     if "forward" in vars(model) or any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise ValueError(
             f"this {kind} is already dispatched or prepared by accelerate; convert it right after "
@@ -53,7 +55,7 @@ def loaded(model: nn.Module) -> None:
             raise ValueError(f"weight {name} is not loaded (meta device); load the whole model")
 
 
-def dense_layers(model: PreTrainedModel, config: MSAConfig) -> None:
+def dense_layers(model: PreTrainedModel, config: object) -> None:
     """Raises ValueError if layers stay dense that need more than scaled dot product attention."""
     if config.layers is not None and not model._supports_sdpa:
         raise ValueError(
@@ -120,8 +122,8 @@ def _heads(attention: nn.Module, path: str, num_heads: int) -> None:
         )
 
 
-def width(config: MSAConfig, attention: nn.Module) -> int:
-    """The width of the index. Raises ValueError if RoPE cannot turn it."""
+def width(config: object, attention: nn.Module) -> int:
+    """The width of the index: d_index, or the head. Raises ValueError if RoPE cannot turn it."""
     dim = attention.head_dim
     d_index = dim if config.d_index is None else config.d_index
     if d_index % 2 or d_index > dim:
@@ -147,20 +149,29 @@ def finite_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def can_attend(model: PreTrainedModel, attention: nn.Module) -> None:
+    """See, on a few made-up tokens, whether this attention layer asks for causal attention alone.
+
+    Raises ValueError for sliding windows, soft caps, sinks and whatever else it hands on.
+    """
+    kind, seen = _kind(attention), {}
+    _probe(model, attention, _made_up(attention), seen, kind)
+    _features(seen["arguments"], kind, model)
+
+
+@torch.no_grad()
 def can_follow(model: PreTrainedModel, attention: nn.Module, d_index: int) -> None:
     """See, on a few made-up tokens, whether our index branch can do as this attention layer does.
 
     Raises ValueError for everything between its projections and its attention that is not a norm
     per head, RoPE and a scale: sliding windows, soft caps, sinks, norms over all heads, no RoPE.
     """
-    kind, seen = f"layer {attention.layer_idx} ({type(attention).__name__})", {}
+    kind, seen = _kind(attention), {}
     _norms(attention, kind)
     rotate = rotation_of(type(attention))
     if rotate is None or not hasattr(model.base_model, "rotary_emb"):
         raise ValueError(f"{kind}: no apply_rotary_pos_emb and rotary_emb for the index to use")
-    weight = attention.q_proj.weight
-    hidden = torch.arange(4 * weight.shape[1], device=weight.device).view(1, 4, -1)
-    hidden = (hidden * 0.7 % 2.3).sub(1.15).to(weight.dtype)
+    hidden = _made_up(attention)
     cos, sin = _probe(model, attention, hidden, seen, kind)
     _features(seen.pop("arguments"), kind, model)
     if d_index < attention.head_dim:
@@ -172,6 +183,17 @@ def can_follow(model: PreTrainedModel, attention: nn.Module, d_index: int) -> No
                 f"{kind} does more to its {part} than a norm per head and RoPE, which the index "
                 "branch cannot follow"
             )
+
+
+def _kind(attention: nn.Module) -> str:
+    return f"layer {attention.layer_idx} ({type(attention).__name__})"
+
+
+def _made_up(attention: nn.Module) -> Tensor:
+    """Hidden states of four tokens, neither equal nor random."""
+    weight = attention.q_proj.weight
+    hidden = torch.arange(4 * weight.shape[1], device=weight.device).view(1, 4, -1)
+    return (hidden * 0.7 % 2.3).sub(1.15).to(weight.dtype)
 
 
 def _norms(attention: nn.Module, kind: str) -> None:
@@ -213,7 +235,7 @@ def _features(arguments: dict, kind: str, model: PreTrainedModel) -> None:
     more = [k for k, v in arguments.items() if k not in _HANDED and v is not None]
     if more:
         raise ValueError(
-            f"{kind} hands {', '.join(more)} to its attention, which MSA has no place for"
+            f"{kind} hands {', '.join(more)} to its attention, which no mechanism has a place for"
         )
     window = arguments.get("sliding_window")
     if window is not None:
@@ -222,7 +244,7 @@ def _features(arguments: dict, kind: str, model: PreTrainedModel) -> None:
         remedy = f"layers={full}" if full else "sliding_window=None in its config, if that is right"
         raise ValueError(
             f"{kind} attends within a sliding window of {window} tokens and gains nothing from "
-            f"block selection; convert with {remedy}"
+            f"a sparse mechanism; convert with {remedy}"
         )
 
 

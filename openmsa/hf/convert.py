@@ -1,4 +1,4 @@
-"""A dense model becomes MSA and back: in place, every other weight the same object."""
+"""A dense model becomes sparse and back: in place, every other weight the same object."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from openmsa.hf.classes import base_of
 from openmsa.hf.config import as_fields, sparse_layers
 from openmsa.hf.layers import make_dense, make_sparse
 from openmsa.hf.model import MSAModelMixin
-from openmsa.mechanisms.msa import MSAConfig
+from openmsa.hf.rooms import room_for
 
 STARTS = ("main", "random")
 
 
-def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") -> PreTrainedModel:
+def convert(model: PreTrainedModel, config: object, *, init: str = "main") -> PreTrainedModel:
     """Make a dense causal language model sparse, in place, and return it.
 
-    Every layer of `config.layers` (None: all) gets an index branch. The classes of these layers and
-    of the model become subclasses of what they were, model.config a copy of such a class; all
-    weights stay the same objects. The phase is "sparse".
+    config: an openmsa.MSAConfig, or the config of any other mechanism in openmsa.hf.ROOMS. Every
+    layer of `config.layers` (None: all) gets what the mechanism adds, for MSA an index branch. The
+    classes of these layers and of the model become subclasses of what they were, model.config a
+    copy of such a class; all weights stay the same objects. The phase is "sparse".
     init: "main" derives the index from the main branch, by running the model on a few random tokens
     (see openmsa.hf.derive): useful before any training. "random": as the model starts its own
     weights.
@@ -32,17 +33,16 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
     part that is missing or in the way), an already converted one, a config that does not fit it,
     and weights that are not finite.
     """
-    if isinstance(model, MSAModelMixin):
+    if isinstance(model, MSAModelMixin) and hasattr(model.config, "openmsa"):
         raise ValueError("model is already converted; call openmsa.hf.to_dense first to start over")
     if init not in STARTS:
         raise ValueError(f"init must be one of {', '.join(STARTS)}, got {init!r}")
-    if not isinstance(config, MSAConfig):
-        raise ValueError(f"config must be an openmsa.MSAConfig, got {type(config).__name__}")
+    room = room_for(config)
     checks.causal_lm(model)
     checks.loaded(model)
     every = checks.attentions(model)
     for layer in sparse_layers(config, len(every)):
-        checks.can_follow(model, every[layer], checks.width(config, every[layer]))
+        room.check(model, every[layer], init)
     checks.dense_layers(model, config)
     checks.finite_weights(model)
 
@@ -57,11 +57,11 @@ def convert(model: PreTrainedModel, config: MSAConfig, *, init: str = "main") ->
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """The way back, in place: the index is dropped, all else stays as it is now. Returns the model.
+    """The way back, in place: what was added is dropped, all else stays. Returns the model.
 
     Raises ValueError for a model that is not converted.
     """
-    if not isinstance(model, MSAModelMixin):
+    if not (isinstance(model, MSAModelMixin) and hasattr(model.config, "openmsa")):
         raise ValueError(f"model is a {type(model).__name__}, which is not converted")
     for attention in model.msa_attentions():
         make_dense(attention)

@@ -73,14 +73,24 @@ def _evaluating(model: nn.Module):
 
 
 @torch.no_grad()
-def derive_from_main(attention: nn.Module, sample: Sample, d_index: int) -> None:
-    """Start the index of a layer from its main branch, by what that does with `sample`."""
+def derive_from_main(
+    attention: nn.Module, sample: Sample, d_index: int, heads: int | None = None
+) -> None:
+    """Start the index of a layer from its main branch, by what that does with `sample`.
+
+    heads: index queries, each from the mean of its share of the query heads; None: one per group.
+    """
     hidden = sample.hidden
     pairs = pairs_of(attention.rotate, sample.turned, head_dim_of(attention)).to(hidden.device)
-    queries = _rows(attention, "q", hidden).unflatten(0, (num_groups_of(attention), -1)).mean(1)
-    queries, keys = (_complex(x, pairs) for x in (queries, _rows(attention, "k", hidden)))
+    every = _rows(attention, "q", hidden).unflatten(0, (num_groups_of(attention), -1))
+    queries, keys = (_complex(x, pairs) for x in (every.mean(1), _rows(attention, "k", hidden)))
     a, c, importance = shared_key(*(_values(x, hidden) for x in (queries, keys)))
-    queries = queries * c.conj().T[..., None]
+    back = c.conj().T[..., None]
+    if heads is None:
+        queries = queries * back
+    else:
+        queries = _complex(every.flatten(0, 1), pairs).unflatten(0, every.shape[:2])
+        queries = (queries * back[:, None]).flatten(0, 1).unflatten(0, (heads, -1)).mean(1)
     keys = (keys * a.T[..., None]).sum(0, keepdim=True)
     if d_index < head_dim_of(attention):
         kept = importance.topk(d_index // 2).indices.sort().values

@@ -27,8 +27,10 @@ def num_groups_of(attention: nn.Module) -> int:
     return attention.k_proj.out_features // head_dim_of(attention)
 
 
-def add_index_branch(attention: nn.Module, d_index: int) -> None:
+def add_index_branch(attention: nn.Module, d_index: int, heads: int | None = None) -> None:
     """Give `attention` the modules of an index of width `d_index`, not initialised, beside its own.
+
+    heads: index queries per token, None for one per group.
 
     An index narrower than the head keeps some of the pairs of channels that RoPE turns together,
     hence their angles: `index_channels` says which, first all firsts, then all seconds. Here they
@@ -37,8 +39,8 @@ def add_index_branch(attention: nn.Module, d_index: int) -> None:
     q, k, dim = attention.q_proj, attention.k_proj, head_dim_of(attention)
     like = {"device": q.weight.device, "dtype": q.weight.dtype}
     bias_q, bias_k = q.bias is not None, k.bias is not None
-    groups = num_groups_of(attention)
-    for name, size, bias in (("q", groups * d_index, bias_q), ("k", d_index, bias_k)):
+    heads = num_groups_of(attention) if heads is None else heads
+    for name, size, bias in (("q", heads * d_index, bias_q), ("k", d_index, bias_k)):
         proj = nn.utils.skip_init(nn.Linear, q.in_features, size, bias=bias, **like)
         setattr(attention, f"index_{name}_proj", proj)
     for ours, main in NORMS.items():
@@ -58,13 +60,6 @@ def _norm_like(norm: nn.Module, channels: int) -> nn.Module:
     return ours
 
 
-def remove_index_branch(attention: nn.Module) -> None:
-    """Take it away again."""
-    for name in (*MODULES, "index_channels"):
-        if hasattr(attention, name):
-            delattr(attention, name)
-
-
 @torch.no_grad()
 def start_at_random(attention: nn.Module, initialise) -> None:
     """Start the index as the model starts its own modules; `initialise` is its _init_weights."""
@@ -76,7 +71,7 @@ def start_at_random(attention: nn.Module, initialise) -> None:
 def index_of(
     attention: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], d_index: int
 ) -> tuple[Tensor, Tensor]:
-    """q_index [b, t, g, d_index] and k_index [b, t, d_index] of hidden states [b, t, channels]."""
+    """q_index [b, t, heads, d_index] and k_index [b, t, d_index] of hidden [b, t, channels]."""
     q = attention.index_q_proj(hidden).unflatten(-1, (-1, d_index))
     k = attention.index_k_proj(hidden).unflatten(-1, (1, d_index))
     if hasattr(attention, "index_q_norm"):

@@ -1,4 +1,4 @@
-"""Sparse layers come and go: their class, their settings and their index branch."""
+"""Converted layers come and go: their class, their room and the modules that it adds."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from openmsa.hf import checks
 from openmsa.hf.attention import MSAAttentionMixin
 from openmsa.hf.classes import attention_class, base_of
 from openmsa.hf.config import sparse_layers
-from openmsa.hf.derive import derive_from_main, samples_of
-from openmsa.hf.index_branch import add_index_branch, remove_index_branch, start_at_random
-from openmsa.mechanisms.msa import MSAConfig
+from openmsa.hf.derive import samples_of
+from openmsa.hf.rooms import room_for
 
 
-def make_sparse(model: PreTrainedModel, config: MSAConfig, init: str = "random") -> None:
-    """Give the chosen layers of `model` their class and an index branch.
+def make_sparse(model: PreTrainedModel, config: object, init: str = "random") -> None:
+    """Give the chosen layers of `model` their class and what the mechanism of `config` adds.
 
-    init: "main" derives the index from the main branch, "random" starts it as the model starts its
-    own modules.
+    init: "main" derives it from the main branch, "random" starts it as the model starts its own
+    modules.
     """
-    every = checks.attentions(model)
+    every, room = checks.attentions(model), room_for(config)
     chosen = [every[layer] for layer in sparse_layers(config, len(every))]
-    samples = samples_of(model, chosen) if init == "main" else [None] * len(chosen)
+    derived = init == "main" and room.INDEX
+    samples = samples_of(model, chosen) if derived else [None] * len(chosen)
     for attention, sample in zip(chosen, samples, strict=True):
-        d_index = checks.width(config, attention)
         attention.__class__ = attention_class(type(attention))
-        attention.msa, attention.msa_d_index = config, d_index
-        add_index_branch(attention, d_index)
+        attention.msa_room = room
+        room.add(attention)
         if sample is None:
-            start_at_random(attention, model._init_weights)
+            room.start(attention, model._init_weights)
         else:
-            derive_from_main(attention, sample, d_index)
+            room.derive(attention, sample)
 
 
 def make_dense(attention: nn.Module) -> None:
     """Undo it for one layer: nothing of ours stays behind."""
-    remove_index_branch(attention)
+    attention.msa_room.remove(attention)
     for name in [name for name in vars(attention) if name.startswith("msa")]:
         delattr(attention, name)
     attention.__class__ = base_of(attention, MSAAttentionMixin)

@@ -10,8 +10,11 @@ from openmsa.hf.attention import LossRecord, MSAAttentionMixin
 from openmsa.hf.cache import MSACacheLayer, msa_cache_layer
 from openmsa.hf.classes import output_class
 from openmsa.hf.config import from_fields
+from openmsa.hf.context import check_alone
 from openmsa.hf.layers import make_sparse
 from openmsa.hf.layout import Layout, find_layout
+from openmsa.hf.sharding import gather_for_backward
+from openmsa.ops.context_parallel import Context
 
 
 class MSAModelMixin:
@@ -32,11 +35,13 @@ class MSAModelMixin:
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        missing = sorted(name for name in info["missing_keys"] if ".index_" in name)
+        room = model.msa_attentions()[0].msa_room
+        added, kind = set(room.ADDED), "index" if room.INDEX else room.NAME
+        missing = [n for n in sorted(info["missing_keys"]) if not added.isdisjoint(n.split("."))]
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} index weights, the first is "
-                f"{missing[0]}; a dense checkpoint becomes sparse by openmsa.hf.convert"
+                f"{pretrained_model_name_or_path} lacks {len(missing)} {kind} weights, the first "
+                f"is {missing[0]}; a dense checkpoint becomes sparse by openmsa.hf.convert"
             )
         checks.finite_weights(model)
         return (model, info) if with_info else model
@@ -59,9 +64,10 @@ class MSAModelMixin:
         """The forward pass of the base class, in training with the index loss added.
 
         Takes what the base takes, and index_rows_in_batch: the real tokens of all micro-batches of
-        an optimizer step. In the phases "warmup" and "sparse", in training, the output also holds
-        lm_loss, and index_loss [sparse layers] (KL, eqs. 9-10), and
-        loss = lm_loss + index_loss_weight * sum(index_loss) * this micro-batch's share of the step.
+        an optimizer step; and what openmsa.hf.split_context makes of a batch. Where there is an
+        index, in the phases "warmup" and "sparse", in training, the output also holds lm_loss, and
+        index_loss [sparse layers] (KL, eqs. 9-10), and loss = lm_loss + index_loss_weight *
+        sum(index_loss) * this micro-batch's share of the step.
         Raises ValueError for inputs that sparse layers cannot follow.
         """
         kwargs.update(zip(type(self).msa_arguments, args))
@@ -70,7 +76,8 @@ class MSAModelMixin:
         as_dict = self.config.return_dict if as_dict is None else as_dict
         layers = self.msa_attentions()
         kwargs["msa_layout"] = layout = self._layout(layers, kwargs)
-        record = LossRecord() if self.training and layers[0].msa_phase != "dense" else None
+        learns = layers[0].msa_room.INDEX and layers[0].msa_phase != "dense"
+        record = LossRecord() if self.training and learns else None
         kwargs["msa_record"] = record
         out = super().forward(**kwargs, return_dict=True)
         if record is not None:
@@ -80,6 +87,8 @@ class MSAModelMixin:
 
     def _with_index_loss(self, out, record: LossRecord, share):
         """`out` with index_loss, lm_loss and the sum of both; share: see `_share`."""
+        attentions = [m for m in self.msa_attentions() if m.layer_idx in record.losses]
+        gather_for_backward(self, [(m, record.losses[m.layer_idx]) for m in attentions])
         device = out.logits.device
         layers = torch.stack([record.losses[i].to(device) for i in sorted(record.losses)])
         fields = {**out, "lm_loss": out.loss, "index_loss": layers}
@@ -87,13 +96,18 @@ class MSAModelMixin:
             fields["loss"] = out.loss + self.index_loss_weight * share * layers.sum()
         return output_class(type(out))(**fields)
 
-    def _layout(self, layers: list, kwargs: dict) -> Layout | None:
+    def _layout(self, layers: list, kwargs: dict) -> Layout | Context | None:
         """Checks what came in, before any work, and finds the real tokens. May fill in `kwargs`."""
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True is not supported: sparse layers never hold the weights; "
                 "use openmsa.hf.capture_attention"
             )
+        if (context := kwargs.pop("context", None)) is not None:
+            check_alone(kwargs)
+            kwargs["use_cache"] = False
+            self._check_length(context.longest)
+            return context
         inputs = kwargs.get("input_ids")
         batch, num_queries = (kwargs["inputs_embeds"] if inputs is None else inputs).shape[:2]
         held = _hold_index(layers, kwargs)
@@ -128,7 +142,9 @@ class MSAModelMixin:
 def _hold_index(layers: list, kwargs: dict) -> list[MSACacheLayer]:
     """The cache layers of the sparse layers, if a cache came in. Raises ValueError as they do."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    return [] if cache is None else [msa_cache_layer(cache, m.layer_idx) for m in layers]
+    if cache is None:
+        return []
+    return [msa_cache_layer(cache, m.layer_idx, m.msa_room.INDEX) for m in layers]
 
 
 def _leave_cache_out(kwargs: dict) -> None:
@@ -148,7 +164,7 @@ def _positions(borders: Tensor, num_tokens: int) -> Tensor:
     return (torch.arange(num_tokens, device=borders.device) - starts)[None]
 
 
-def _share(kwargs: dict, layout: Layout | None, rows_in_batch):
+def _share(kwargs: dict, layout: Layout | Context | None, rows_in_batch):
     """This micro-batch's part of a step: of its tokens, if their number is known, or labels."""
     if rows_in_batch is not None:
         inputs = kwargs.get("input_ids")
