@@ -14,6 +14,7 @@ from openmsa.cli.texts import documents, sequences
 if TYPE_CHECKING:
     from openmsa import MSAConfig
     from openmsa.evaluation.inspection import Bearing
+    from openmsa.hf.room import Budget
 
 
 def add_bearing_options(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +40,11 @@ def add_bearing_options(parser: argparse.ArgumentParser) -> None:
 def judged(model, tokenizer, config: MSAConfig, arguments: argparse.Namespace) -> Bearing:
     """The bearing report of a dense model at a budget, printed and returned."""
     from openmsa.evaluation.inspection import will_it_bear
+    from openmsa.hf.rooms import room_for
 
     if not 0 < arguments.threshold <= 1:
         raise UsageError(f"--threshold {arguments.threshold} must be above 0 and at most 1")
-    read = pieces(model, tokenizer, config, arguments)
+    read = pieces(model, tokenizer, room_for(config).budget, arguments)
     with progress("judging the layers"):
         bearing = will_it_bear(model, read, config, threshold=arguments.threshold)
     columns = ("layer", "best blocks", "derived index", "score recall", "block recall", "verdict")
@@ -52,17 +54,17 @@ def judged(model, tokenizer, config: MSAConfig, arguments: argparse.Namespace) -
     return bearing
 
 
-def pieces(model, tokenizer, config: MSAConfig, arguments: argparse.Namespace) -> list:
+def pieces(model, tokenizer, budget: Budget, arguments: argparse.Namespace) -> list:
     """Pieces of text longer than the budget, as long as asked or as the model allows."""
-    kept = config.top_k * config.block_size
+    kept = budget.tokens
     limit = getattr(model.config, "max_position_embeddings", None) or 4 * kept
     num_tokens = arguments.context_tokens or min(4 * kept, limit)
     if num_tokens > limit:
         raise UsageError(f"--context-tokens {num_tokens}: the model has {limit} positions")
     if num_tokens <= kept:
         raise UsageError(
-            f"{num_tokens} tokens at a time fit the budget of {config.top_k} x "
-            f"{config.block_size}, so every block is kept; lower --top-k or --block-size"
+            f"{num_tokens} tokens at a time fit the budget of {budget.top_k} x "
+            f"{budget.block_size}, so every block is kept; lower --top-k or --block-size"
         )
     return sequences(
         documents(arguments.text),

@@ -1,29 +1,26 @@
-"""openmsa convert: a dense checkpoint becomes MSA, and back."""
+"""openmsa convert: a dense checkpoint becomes MSA or another mechanism, and back."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from dataclasses import fields
 
 from openmsa.cli.arguments import (
-    add_budget_options,
     add_model_options,
     add_out_options,
-    budget,
     layer_list,
 )
 from openmsa.cli.bearing import add_bearing_options, judged
 from openmsa.cli.console import progress, say, table
 from openmsa.cli.door import UsageError
 from openmsa.cli.files import check_space, check_vacant
+from openmsa.cli.mechanisms import add_mechanism_options, chosen_config, flag
 from openmsa.cli.models import check_name, has_tokenizer, load_model, load_tokenizer
 
-if TYPE_CHECKING:
-    from openmsa import MSAConfig
-
 DESCRIPTION = (
-    "Give a dense checkpoint an index branch, derived from its own projections, and save it; every "
-    "other weight is kept. AutoModelForCausalLM loads the result after `import openmsa.hf`."
+    "Give a dense checkpoint an index branch, derived from its own projections, or what another "
+    "mechanism adds, and save it; every other weight is kept. AutoModelForCausalLM loads the "
+    "result after `import openmsa.hf`."
 )
 EXAMPLE = "openmsa convert runs/dense --out runs/msa --block-size 64 --top-k 16 --layers 2-27"
 
@@ -31,7 +28,7 @@ EXAMPLE = "openmsa convert runs/dense --out runs/msa --block-size 64 --top-k 16 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, or name on the hub")
     add_out_options(parser, required=True, what="the new checkpoint")
-    add_budget_options(parser)
+    add_mechanism_options(parser)
     parser.add_argument(
         "--layers",
         type=layer_list,
@@ -41,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", choices=("main", "random"), default="main", help="where the index starts from"
     )
-    parser.add_argument("--to-dense", action="store_true", help="take the index away again")
+    parser.add_argument("--to-dense", action="store_true", help="take what was added away again")
     add_bearing_options(parser)
     add_model_options(parser)
 
@@ -49,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_vacant(arguments.out, overwrite=arguments.overwrite)
     auto = arguments.layers == "auto"
-    config = budget(arguments, layers=None if auto else arguments.layers)
+    if auto and arguments.mechanism not in (None, "msa"):
+        raise UsageError("--layers auto judges by an MSA index; name the layers, or leave it out")
+    config = chosen_config(arguments, layers=None if auto else arguments.layers)
     check_name(arguments.model)
     tokenizer = load_tokenizer(arguments.model) if has_tokenizer(arguments.model) else None
     if tokenizer is None and auto:
@@ -61,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         make_dense(model)
     else:
         if auto:
-            config = budget(arguments, layers=layers_that_bear(model, tokenizer, config, arguments))
+            bearing = layers_that_bear(model, tokenizer, config, arguments)
+            config = chosen_config(arguments, layers=bearing)
         make_sparse(model, config, init=arguments.init)
     from openmsa.training.checkpoints import save_whole
 
@@ -74,10 +74,11 @@ def check_direction(model, arguments: argparse.Namespace) -> None:
     """Raise UsageError for a model that is already what it should become."""
     from openmsa import hf
 
-    if arguments.to_dense and not hf.is_msa(model):
+    if arguments.to_dense and not hf.is_converted(model):
         raise UsageError(f"{arguments.model} is dense already")
-    if not arguments.to_dense and hf.is_msa(model):
-        raise UsageError(f"{arguments.model} is MSA already; --to-dense takes it back")
+    if not arguments.to_dense and hf.is_converted(model):
+        name = "MSA" if hf.is_msa(model) else hf.mechanism_of(model)
+        raise UsageError(f"{arguments.model} is {name} already; --to-dense takes it back")
 
 
 def layers_that_bear(model, tokenizer, config, arguments: argparse.Namespace) -> tuple[int, ...]:
@@ -89,29 +90,40 @@ def layers_that_bear(model, tokenizer, config, arguments: argparse.Namespace) ->
 
 
 def make_dense(model) -> None:
-    """Take the index away, in place, and tell so."""
+    """Take what was added away, in place, and tell so."""
     from openmsa import hf
 
     hf.to_dense(model)
     table("Dense again", ("what", "value"), [("model", type(model).__name__)])
 
 
-def make_sparse(model, config: MSAConfig, *, init: str) -> None:
-    """Give a dense model an index, in place, and tell what was added."""
+def make_sparse(model, config, *, init: str) -> None:
+    """Convert a dense model, in place, and tell what was added."""
     from openmsa import hf
 
     hf.convert(model, config, init=init)
-    layers = hf.msa_layers(model)
-    added = sum(parameter.numel() for _, parameter in hf.index_parameters(model))
+    layers, room = hf.msa_layers(model), hf.room_of(model)
+    added = sum(parameter.numel() for _, parameter in hf.added_parameters(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     rows = [
         ("model", type(model).__name__),
         ("sparse layers", f"{len(layers)} of {model.config.num_hidden_layers}: {_runs(layers)}"),
-        ("tokens read per query and group", f"{config.top_k} x {config.block_size}"),
-        ("index parameters", f"{added:,} ({added / total:.2%} of all)"),
-        ("index from", "the main projections" if init == "main" else "random numbers"),
     ]
+    if hf.is_msa(model):
+        rows.append(("tokens read per query and group", f"{config.top_k} x {config.block_size}"))
+    else:
+        rows += [("mechanism", room.NAME), *_numbers(config)]
+    what = "index parameters" if room.INDEX else "parameters added"
+    rows.append((what, f"{added:,} ({added / total:.2%} of all)"))
+    if room.INDEX:
+        rows.append(("index from", "the main projections" if init == "main" else "random numbers"))
     table("Converted", ("what", "value"), rows)
+
+
+def _numbers(config) -> list[tuple[str, str]]:
+    return [
+        (flag(f.name), str(getattr(config, f.name))) for f in fields(config) if f.name != "layers"
+    ]
 
 
 def model_bytes(model) -> int:

@@ -23,7 +23,7 @@ from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = (
     "Judge one model, or several against the first: loss and perplexity by position on text, "
-    "retrieval of what was said far back, and (for MSA models) recall of the index."
+    "retrieval of what was said far back, and (where a model has an index) recall of the index."
 )
 EXAMPLE = "openmsa evaluate runs/dense runs/msa --context-tokens 2048 --out runs/judged"
 WHAT = ("perplexity", "retrieval", "recall")
@@ -108,11 +108,11 @@ def retrieval(name: str, model, tokenizer, texts: list[str], arguments: argparse
 
 
 def recall(name: str, model, tokenizer, texts: list[str], arguments: argparse.Namespace):
-    """Recall of an MSA model's index; None for a dense model, which has none."""
+    """Recall of a model's index; None for a dense model and for mechanisms that have none."""
     from openmsa import hf
     from openmsa.evaluation.recall import evaluate_recall
 
-    if not hf.is_msa(model):
+    if not hf.has_index(model):
         return None
     read = pieces(tokenizer, texts, arguments)
     with progress(f"{name}: recall", len(read)) as bar:

@@ -7,14 +7,15 @@ import argparse
 from openmsa.cli.arguments import add_budget_options, add_model_options, add_out_options, budget
 from openmsa.cli.bearing import add_bearing_options, judged, pieces
 from openmsa.cli.console import progress, say, table
+from openmsa.cli.door import UsageError
 from openmsa.cli.files import check_space, check_vacant
 from openmsa.cli.models import load_model, load_tokenizer
 from openmsa.evaluation.plain import write_json
 
 DESCRIPTION = (
-    "Look into a model. MSA: recall of the index, and maps of which blocks each layer and group "
-    "selects. Dense: how much attention the best blocks of a budget would capture, how much an "
-    "index derived from the model would, and which layers to keep dense."
+    "Look into a model. Converted: recall of the index, and maps of which blocks each layer and "
+    "group selects. Dense: how much attention the best blocks of a budget would capture, how much "
+    "an index derived from the model would, and which layers to keep dense."
 )
 EXAMPLE = "openmsa inspect runs/dense --block-size 16 --top-k 8 --text book.txt --out runs/look"
 
@@ -22,7 +23,7 @@ EXAMPLE = "openmsa inspect runs/dense --block-size 16 --top-k 8 --text book.txt 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint folder, or name on the hub")
     add_out_options(parser, required=False, what="inspection.json and figures (png, svg)")
-    add_budget_options(parser, note="of a dense model; an MSA model brings its own")
+    add_budget_options(parser, note="of a dense model; a converted one brings its own")
     add_bearing_options(parser)
     add_model_options(parser)
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from openmsa import hf
     from openmsa.evaluation import canvas, figures, maps
 
-    if hf.is_msa(model):
+    if hf.is_converted(model):
         told, shown = look(model, tokenizer, arguments)
         draw = maps.selection_maps
     else:
@@ -51,17 +52,27 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def look(model, tokenizer, arguments: argparse.Namespace) -> tuple[dict, object]:
-    """Recall and selection map of an MSA model: (both to write, the map to draw)."""
+    """Recall, where there is an index, and selection map: (both to write, the map to draw)."""
     from openmsa import hf
     from openmsa.evaluation.inspection import selection_map
     from openmsa.evaluation.recall import MEASURES, evaluate_recall
 
-    read = pieces(model, tokenizer, hf.msa_config(model), arguments)
-    with progress("reading", 2 * len(read)) as bar:
-        recall = evaluate_recall(
-            model, read, max_queries=256, batch_size=1, progress=lambda *_: bar.advance()
+    budget = hf.room_of(model).budget
+    if budget is None:
+        raise UsageError(
+            f"{arguments.model} reads by position alone ({hf.mechanism_of(model)}): it has no "
+            "index, and selects nothing that could be mapped"
         )
+    read, told = pieces(model, tokenizer, budget, arguments), {}
+    with progress("reading", 2 * len(read)) as bar:
+        if hf.has_index(model):
+            told["recall"] = evaluate_recall(
+                model, read, max_queries=256, batch_size=1, progress=lambda *_: bar.advance()
+            )
         maps = selection_map(model, read)
-    rows = [[row["layer"], *(row[name] for name in MEASURES)] for row in recall.rows()]
-    table("Recall of the index", ("layer", *(m.replace("_", " ") for m in MEASURES)), rows)
-    return {"recall": recall, "selection_map": maps}, maps
+    if "recall" in told:
+        rows = [[row["layer"], *(row[m] for m in MEASURES)] for row in told["recall"].rows()]
+        table("Recall of the index", ("layer", *(m.replace("_", " ") for m in MEASURES)), rows)
+    else:
+        say(f"{hf.mechanism_of(model)} has no index, so there is no recall")
+    return {**told, "selection_map": maps}, maps

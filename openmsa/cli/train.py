@@ -6,19 +6,21 @@ import argparse
 import json
 from pathlib import Path
 
-from openmsa.cli.arguments import add_budget_options, budget, layer_list, whole_number
+from openmsa.cli.arguments import layer_list, whole_number
 from openmsa.cli.console import progress, say
 from openmsa.cli.convert import make_sparse
 from openmsa.cli.curves import draw_curves, report
 from openmsa.cli.door import UsageError
 from openmsa.cli.files import check_space
+from openmsa.cli.mechanisms import add_mechanism_options, chosen_config
 from openmsa.cli.models import load_model, load_tokenizer
 from openmsa.cli.recipes import read_recipe
 
 DESCRIPTION = (
     "Train by a recipe: phases of dense attention, index warm-up and sparse attention. Run again "
     "with the same --out, it goes on where it was left, to the same weights. A dense model is "
-    "converted first if the recipe has a phase that needs an index."
+    "converted first if the recipe has a phase that is not dense; a mechanism without an index "
+    "trains sparse where MSA would warm up."
 )
 EXAMPLE = "openmsa train --recipe dense-byte-3m --set phases.0.steps=200 --out runs/dense"
 NEW = "new"
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-recipe", action="store_true", help="print it as json and stop")
     number = whole_number(1)
     parser.add_argument("--probe-every", type=number, default=50, help="steps between recalls")
-    add_budget_options(parser, note="where a dense model is converted first")
+    add_mechanism_options(parser, note="where a dense model is converted first")
     parser.add_argument("--layers", type=layer_list, help='"0,2-5"; left out: all')
     parser.add_argument("--init", choices=("main", "random"), help="left out: main, new: random")
 
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.layers == "auto":
         raise UsageError("--layers auto is for `openmsa convert`; convert first, then train")
     model, tokenizer = starting_point(recipe, arguments)
+    recipe = fit(recipe, model, arguments)
     # Weights in fp32 and two moments of Adam; two checkpoints are kept while a third is written.
     check_space(arguments.out, 3 * 3 * 4 * sum(p.numel() for p in model.parameters()))
     from openmsa.training import history, train
@@ -97,10 +100,28 @@ def starting_point(recipe, arguments: argparse.Namespace):
     else:
         tokenizer = load_tokenizer(arguments.model)
         model = load_model(arguments.model, device="cpu", dtype="float32")
-    if any(phase.attention != "dense" for phase in recipe.phases) and not hf.is_msa(model):
-        config = budget(arguments, layers=arguments.layers)
+    if any(phase.attention != "dense" for phase in recipe.phases) and not hf.is_converted(model):
+        config = chosen_config(arguments, layers=arguments.layers)
         make_sparse(model, config, init=arguments.init or ("random" if new else "main"))
+    had = hf.mechanism_of(model)
+    if hf.is_converted(model) and arguments.mechanism not in (None, had):
+        raise UsageError(f"{arguments.model} is {had} already, not {arguments.mechanism}")
     return model, tokenizer
+
+
+def fit(recipe, model, arguments: argparse.Namespace):
+    """A recipe of ours fitted to a mechanism without a warm-up; one from a file stays as it is."""
+    from openmsa import hf
+    from openmsa.training import fitted
+
+    if arguments.recipe not in RECIPE_NAMES or not hf.is_converted(model):
+        return recipe
+    made = fitted(recipe, model)
+    if made is not recipe:
+        say(
+            f"{hf.mechanism_of(model)} has no warm-up: every phase trains all, sparse ({made.name})"
+        )
+    return made
 
 
 def recall_probe(recipe, model, tokenizer):
@@ -110,11 +131,11 @@ def recall_probe(recipe, model, tokenizer):
     from openmsa.evaluation.recall import probe
     from openmsa.training import read_documents
 
-    if not hf.is_msa(model):
+    if not hf.has_index(model):
         return None
-    config = hf.msa_config(model)
+    budget = hf.room_of(model).budget
     longest = max(phase.seq_len for phase in recipe.phases)
-    if longest <= config.top_k * config.block_size:
+    if longest <= budget.tokens:
         say(f"no recall is logged: {longest} tokens fit the budget, every block is kept")
         return None
     texts = read_documents(recipe.data.source, split="heldout", text_column=recipe.data.text_column)

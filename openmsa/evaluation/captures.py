@@ -14,6 +14,7 @@ from torch import Tensor
 import openmsa
 from openmsa import hf
 from openmsa.evaluation.batches import batches_of_equal_length, evaluating, last_logits_only
+from openmsa.hf.room import Budget
 
 
 def run_and_look(
@@ -48,17 +49,22 @@ def run_and_look(
                 hook.remove()
 
 
-def selected_blocks(call: hf.AttentionCall, config: openmsa.MSAConfig) -> Tensor:
-    """The index's selection of one captured call, int [b, g, t, k]; chosen now if it chose none."""
+def selected_blocks(call: hf.AttentionCall, budget: Budget) -> Tensor:
+    """The selection of one captured call, int [b, g, t, k]; chosen now if it chose none.
+
+    Raises ValueError if it chose none and the mechanism has no index that could.
+    """
     if call.selection is not None:
         return call.selection.blocks
+    if call.room is not None:
+        return call.room.select(call).blocks
     return openmsa.select_blocks(
         call.q_index,
         call.k_index,
-        block_size=config.block_size,
-        top_k=config.top_k,
-        local_blocks=config.local_blocks,
-        sink_blocks=config.sink_blocks,
+        block_size=budget.block_size,
+        top_k=budget.top_k,
+        local_blocks=budget.local_blocks,
+        sink_blocks=budget.sink_blocks,
         index_scale=call.index_scale,
         cu_seqlens_q=call.cu_seqlens_q,
         cu_seqlens_k=call.cu_seqlens_k,
@@ -83,22 +89,26 @@ def as_mask(blocks: Tensor, num_blocks: int) -> Tensor:
     return mask.scatter_(-1, places, True)[..., :num_blocks]
 
 
-def check_budget(model, num_tokens: int) -> openmsa.MSAConfig:
-    """The configuration of a converted model. Raises ValueError if `num_tokens` fit its budget."""
-    if not hf.is_msa(model):
+def check_budget(model, num_tokens: int) -> Budget:
+    """The budget of an index. Raises ValueError if there is none or `num_tokens` fit into it."""
+    if not hf.is_converted(model):
         raise ValueError(
             f"model is a dense {type(model).__name__}; convert it first, or ask "
             "openmsa.evaluation.inspection.will_it_bear about it"
         )
-    config = hf.msa_config(model)
-    budget = config.block_size * config.top_k
-    if num_tokens <= budget:
+    if not hf.has_index(model):
+        raise ValueError(
+            f"{hf.mechanism_of(model)} has no index that learns what to select, so there is no "
+            "recall to measure; ask selection_map what it selects"
+        )
+    budget = hf.room_of(model).budget
+    if num_tokens <= budget.tokens:
         raise ValueError(
             f"the longest sequence has {num_tokens} tokens and the budget is top_k * block_size = "
-            f"{budget}, so every block is selected; give sequences of more tokens"
+            f"{budget.tokens}, so every block is selected; give sequences of more tokens"
         )
-    return config
+    return budget
 
 
 def _is_sparse(module) -> bool:
-    return hasattr(module, "index_q_proj")
+    return hasattr(module, "msa_room")

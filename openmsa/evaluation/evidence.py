@@ -107,7 +107,7 @@ def measure(
     answers = recall = None
     if plan is not None:
         answers = evaluate_retrieval(model, tokenizer, plan, **common, progress=told("retrieval"))
-    if hf.is_msa(model):
+    if hf.has_index(model):
         recall = evaluate_recall(
             model, sequences, max_queries=RECALL_QUERIES, **common, progress=told("recall")
         )

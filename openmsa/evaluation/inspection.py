@@ -91,34 +91,40 @@ def selection_map(
     max_cells: int = 128,
     autocast_dtype: torch.dtype | None = None,
 ) -> SelectionMap:
-    """What a converted model's index selects on some text, in its present phase.
+    """What a converted model selects on some text, in its present phase.
 
     sequences: [n, t] int or n tensors of one length, averaged. Raises ValueError for a dense model,
-    sequences of different lengths, and max_cells below 2.
+    sequences of different lengths, max_cells below 2, and a mechanism or phase that selects
+    nothing.
     """
-    if not hf.is_msa(model):
+    if not hf.is_converted(model):
         raise ValueError(f"model is a dense {type(model).__name__}; convert it first")
+    budget = hf.room_of(model).budget
+    if budget is None:
+        raise ValueError(
+            f"{hf.mechanism_of(model)} reads by position alone as it is configured here, so there "
+            "is no selection to map"
+        )
     sequences = check_sequences(model, sequences)
     num_tokens = len(sequences[0])
     if any(len(s) != num_tokens for s in sequences):
         raise ValueError("sequences must be of one length; cut them to the shortest")
     if max_cells < 2:
         raise ValueError(f"max_cells must be at least 2, got {max_cells}")
-    config = hf.msa_config(model)
-    num_blocks = -(-num_tokens // config.block_size)
+    num_blocks = -(-num_tokens // budget.block_size)
     blocks_per_cell = -(-num_blocks // max_cells)
     sums: dict[int, Tensor] = {}
 
     def look(call: hf.AttentionCall) -> None:
-        blocks = selected_blocks(call, config)
+        blocks = selected_blocks(call, budget)
         for row, at_q, _ in sequences_of(call):
-            counts = _counts(blocks[row, :, at_q], config.block_size, num_blocks, blocks_per_cell)
+            counts = _counts(blocks[row, :, at_q], budget.block_size, num_blocks, blocks_per_cell)
             sums[call.layer] = sums.get(call.layer, 0) + counts.cpu()
 
     run_and_look(model, sequences, look, 1, autocast_dtype)
-    pairs = len(sequences) * _visible_pairs(num_tokens, config.block_size, blocks_per_cell)
+    pairs = len(sequences) * _visible_pairs(num_tokens, budget.block_size, blocks_per_cell)
     maps = tuple(_rounded(sums[layer] / pairs) for layer in sorted(sums))
-    shape = (config.block_size, config.top_k, blocks_per_cell, num_tokens)
+    shape = (budget.block_size, budget.top_k, blocks_per_cell, num_tokens)
     return SelectionMap(tuple(sorted(sums)), *shape, maps)
 
 
@@ -139,7 +145,7 @@ def will_it_bear(
     already, a threshold outside (0, 1], sequences that fit the budget, and whatever `convert`
     refuses.
     """
-    if hf.is_msa(model):
+    if hf.is_converted(model):
         raise ValueError("model is converted already; ask evaluate_recall about it")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import openmsa
 from openmsa import hf
 from openmsa.evaluation.batches import check_sequences
 from openmsa.evaluation.captures import (
@@ -32,6 +31,7 @@ from openmsa.evaluation.captures import (
     selected_blocks,
     sequences_of,
 )
+from openmsa.hf.room import Budget
 
 SCORE_BYTES = 64 << 20  # one chunk of fp32 attention scores; probabilities need as much again
 MEASURES = ("block_recall", "score_recall", "captured_mass", "oracle_mass")
@@ -127,25 +127,27 @@ def measure(mass: Tensor, oracle: Tensor, chosen: Tensor) -> dict[str, Tensor]:
 
 
 def call_recall(
-    call: hf.AttentionCall, config: openmsa.MSAConfig, *, max_queries: int | None = None
+    call: hf.AttentionCall, budget: Budget, *, max_queries: int | None = None
 ) -> LayerRecall | None:
     """Recall of one captured attention call; None if no query has more than top_k visible blocks.
 
     `max_queries` evenly spaced ones per sequence are looked at (default: all that count).
     """
-    blocks = selected_blocks(call, config)
-    groups, queries = call.k.shape[2], 0
+    blocks = selected_blocks(call, budget)
+    groups, queries = blocks.shape[1], 0
     sums = {m: torch.zeros(groups, dtype=torch.float64, device=blocks.device) for m in MEASURES}
     scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
-    forced = {"local_blocks": config.local_blocks, "sink_blocks": config.sink_blocks}
-    budget = {"block_size": config.block_size, "top_k": config.top_k, **forced}
+    forced = {"local_blocks": budget.local_blocks, "sink_blocks": budget.sink_blocks}
+    chosen_by = {"top_k": budget.top_k, "block_size": budget.block_size, **forced}
     for row, at_q, at_k in sequences_of(call):
         q, k = call.q[row, at_q], call.k[row, at_k]
-        rows = _counting_rows(q, k, config.block_size * config.top_k, max_queries)
+        rows = _counting_rows(q, k, budget.block_size * budget.top_k, max_queries)
         if not len(rows):
             continue
-        mass = block_mass(q, k, rows, scale=scale, block_size=config.block_size)
-        oracle = oracle_blocks(mass, rows + len(k) - len(q), **budget)
+        mass = block_mass(q, k, rows, scale=scale, block_size=budget.block_size)
+        if groups == 1:
+            mass = mass.mean(1, keepdim=True)  # one choice for all KV heads
+        oracle = oracle_blocks(mass, rows + len(k) - len(q), **chosen_by)
         chosen = as_mask(blocks[row, :, at_q][:, rows].transpose(0, 1), mass.shape[-1])
         for name, values in measure(mass, oracle, chosen).items():
             sums[name] += values.double().sum(0)
@@ -165,24 +167,24 @@ def evaluate_recall(
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recall:
-    """Recall of every sparse layer of a converted model, in its present phase, over some sequences.
+    """Recall of the index of every sparse layer, in the present phase, over some sequences.
 
     sequences: [n, t] int or n tensors [t_i] int. Layers are measured while the model runs, so one
     layer's queries and keys are held at a time. Raises ValueError for a model that is not
     converted and for sequences that all fit the budget, where every measure is trivially 1.
     """
     sequences = check_sequences(model, sequences)
-    config = check_budget(model, max(len(s) for s in sequences))
+    budget = check_budget(model, max(len(s) for s in sequences))
     found: dict[int, list[LayerRecall]] = {}
 
     def look(call: hf.AttentionCall) -> None:
-        recall = call_recall(call, config, max_queries=max_queries)
+        recall = call_recall(call, budget, max_queries=max_queries)
         if recall is not None:
             found.setdefault(call.layer, []).append(recall)
 
     run_and_look(model, sequences, look, batch_size, autocast_dtype, progress)
     layers = tuple(_pooled(found[layer]) for layer in sorted(found))
-    return Recall(layers, config.block_size, config.top_k)
+    return Recall(layers, budget.block_size, budget.top_k)
 
 
 def probe(

@@ -2,7 +2,7 @@
 
 from openmsa.training.data import DataConfig, Mixture, read_documents, standard_library_text
 from openmsa.training.phases import Phase, Recipe, recipe_from_dict
-from openmsa.training.recipes import RECIPES
+from openmsa.training.recipes import RECIPES, dense_twin, fitted
 from openmsa.training.run import history, train
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Mixture",
     "Phase",
     "Recipe",
+    "dense_twin",
+    "fitted",
     "history",
     "read_documents",
     "recipe_from_dict",

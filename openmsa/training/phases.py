@@ -22,8 +22,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class Phase:
     """One stretch of training with fixed settings.
 
-    attention: "dense", "warmup" (dense attention, index learns on the whole prefix) or "sparse".
-    trained: "all" parameters or the "index" alone. steps: optimiser steps. seq_len: tokens.
+    attention: "dense", "warmup" (dense attention, index learns on the whole prefix; only where the
+    mechanism has an index) or "sparse". trained: "all" parameters, or the "index" alone, which is
+    all that a conversion adds. steps: optimiser steps. seq_len: tokens.
     batch_size: sequences per forward pass. accumulate: forward passes per step.
     index_loss_weight: lambda of the paper, times the sum of the layers' KL. decay_to: share of the
     learning rate left at the end of a "cosine" or "linear" schedule. data: what this phase reads,

@@ -122,6 +122,38 @@ def dense_twin(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}-dense-twin", phases=tuple(phases))
 
 
+def fitted(recipe: Recipe, model) -> Recipe:
+    """The same recipe for the mechanism of `model`: the same tokens in the same order.
+
+    Where the mechanism has no warm-up (it has no index), that phase becomes a sparse one that
+    trains everything, at the first learning rate at which `recipe` does; so does a phase that would
+    train additions where there are none. For a dense model, the dense twin. A recipe that fits
+    comes back as it is.
+    """
+    from openmsa import hf
+
+    if all(phase.attention == "dense" for phase in recipe.phases):
+        return recipe
+    if not hf.is_converted(model):
+        return dense_twin(recipe)
+    room = hf.room_of(model)
+    rate = next((p.learning_rate for p in recipe.phases if p.trained == "all"), None)
+    made = []
+    for phase in recipe.phases:
+        lacking = phase.attention not in room.PHASES
+        if phase.trained == "index" and (lacking or not room.ADDED):
+            if rate is None:
+                raise ValueError(
+                    f"recipe {recipe.name!r} trains additions alone, which {room.NAME} lacks or "
+                    "cannot warm up; add a phase with trained='all'"
+                )
+            phase = replace(phase, trained="all", learning_rate=rate, schedule="constant")
+        made.append(replace(phase, attention="sparse") if lacking else phase)
+    if tuple(made) == recipe.phases:
+        return recipe
+    return replace(recipe, name=f"{recipe.name}-{room.NAME}", phases=tuple(made))
+
+
 def msa_cpt_dense_twin() -> Recipe:
     """The dense twin of `msa_cpt`."""
     return dense_twin(msa_cpt())
