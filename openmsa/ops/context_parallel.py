@@ -157,7 +157,7 @@ class _Gather(torch.autograd.Function):
 def _gathered(x: Tensor, context: Context) -> Tensor:
     held = x[0].contiguous()
     whole = held.new_empty(context.size * held.shape[0], *held.shape[1:])
-    dist.all_gather_into_tensor(whole, held, group=context.group)
+    _collective("all_gather_single", "all_gather_into_tensor")(whole, held, group=context.group)
     size = context.size
     order = [2 * n if n < size else 2 * (2 * size - 1 - n) + 1 for n in range(2 * size)]
     return whole.unflatten(0, (2 * size, -1))[order].flatten(0, 1)[None]
@@ -169,8 +169,13 @@ def _summed(gradient: Tensor, context: Context) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
     whole = gradient[0].unflatten(0, (2 * size, -1))[order].flatten(0, 1).to(wide)
     held = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
-    dist.reduce_scatter_tensor(held, whole, group=context.group)
+    _collective("reduce_scatter_single", "reduce_scatter_tensor")(held, whole, group=context.group)
     return held.to(gradient.dtype)[None]
+
+
+def _collective(name: str, before: str) -> Callable:
+    """The collective called `name`, which torch up to 2.12 calls `before`."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def attend_in_chunks(
