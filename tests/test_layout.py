@@ -48,6 +48,7 @@ LONG_FUNCTIONS: dict[str, str] = {
     "openmsa/ops/index_loss/__init__.py:index_loss": SIGNATURE,
     "openmsa/ops/pooled_selection/__init__.py:pooled_selection": SIGNATURE,
     "openmsa/ops/sparse_attention/__init__.py:sparse_attention": SIGNATURE,
+    "openmsa/ops/token_selection/__init__.py:token_index_loss": SIGNATURE,
     "openmsa/hf/attention.py:attention_function": "its signature is the one transformers calls",
     "openmsa/hf/layout.py:find_layout": "one refusal for each kind of mask, in the order met",
     "openmsa/ops/tiles.py:_cut": "one sort and what is read off it; half of it means nothing",

@@ -17,6 +17,11 @@ from openmsa.ops.workspace import accumulate_dtype
 
 def keys_of(x: Tensor, tile: Tiles, groups: int, dtype: torch.dtype) -> Tensor:
     """x [b, s, g, d] -> [T, w, d]: the tokens of every tile's row, for its group's KV head."""
+    return rows_of(x, tile.batch, tile.token, tile.group * x.shape[2] // groups).to(dtype)
+
+
+def rows_of(x: Tensor, batch: Tensor, token: Tensor, head: int | Tensor) -> Tensor:
+    """x [b, s, g, d], batch [n], token [n, w], head [n] or one for all -> [n, w, d]"""
     b, s, g, d = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     # Whatever the layout, tokens are rows of a matrix whose rows may overlap: copying whole rows by
@@ -24,11 +29,11 @@ def keys_of(x: Tensor, tile: Tiles, groups: int, dtype: torch.dtype) -> Tensor:
     strides = x.stride()[:3]
     unit = math.gcd(*strides) or 1
     last = sum((size - 1) * stride for size, stride in zip((b, s, g), strides)) // unit
-    token = tile.token.clamp(max=s - 1)
-    head = (tile.group * g // groups)[:, None]
-    row = (tile.batch[:, None] * strides[0] + token * strides[1] + head * strides[2]) // unit
+    token = token.clamp(max=s - 1)
+    base = (batch * strides[0] + head * strides[2])[:, None]
+    row = (base + token * strides[1]) // unit
     rows = x.as_strided((last + 1, d), (unit, 1)).index_select(0, row.flatten())
-    return rows.view(*token.shape, d).to(dtype)
+    return rows.view(*token.shape, d)
 
 
 def clean(*keys: Tensor) -> tuple[Tensor, ...]:

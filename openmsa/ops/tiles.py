@@ -146,11 +146,11 @@ def walk(
         if wider <= width:
             break
         width = wider
-    for chunk in _chunks(b, groups, t, at_once):
+    for chunk in chunks(b, groups, t, at_once):
         yield chunk, _cut(blocks, rows, chunk, r, _width(chunk.sizes[2] * k // n, r))
 
 
-def _chunks(b: int, groups: int, t: int, at_once: int) -> Iterator[Chunk]:
+def chunks(b: int, groups: int, t: int, at_once: int) -> Iterator[Chunk]:
     """Chunks of at most `at_once` queries, made of whole sequences where these fit."""
     tokens = max(1, min(t, at_once))
     num_groups = max(1, min(groups, at_once // tokens))

@@ -1,5 +1,7 @@
 """Attention over selected blocks in bounded memory, in tiles of a block and queries that chose it.
 
+Blocks with no more tokens than a group has heads go another way: see portable_gathered.
+
 Forward, per tile and head (MSA eq. 8):
     X = K q * scale;  m = max X;  l = sum exp(X - m);  o = exp(X - m) V
 then per query, over its k blocks:
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from openmsa.ops import tile_scores, tiles
+from openmsa.ops.sparse_attention import portable_gathered as gathered
 from openmsa.ops.workspace import (
     accumulate_dtype,
     add_rows,
@@ -55,8 +58,12 @@ def _forward(
     out, lse = _empty(q, v)
     out.zero_()
     lse.fill_(-math.inf)
+    inputs = (q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
     with no_autocast(q):
-        work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+        if gathered.serves(q, k, blocks, block_size):
+            gathered.attend(gathered.Work(*inputs), scale, out, lse)
+            return out, lse
+        work = _Work(*inputs)
         for chunk, tile in work.tiles():
             part, stats = _attend(work, chunk, tile, scale)
             chunk.put(work.heads(out), part)
@@ -135,8 +142,11 @@ def _backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
     with no_autocast(q):
-        work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+        if gathered.serves(q, k, blocks, block_size):
+            return gathered.gradients(gathered.Work(*inputs), scale, dout)
+        work = _Work(*inputs)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         rows = work.kv_heads * work.rows.count
         dk = k.new_zeros(rows, block_size * work.d, dtype=work.sum)
