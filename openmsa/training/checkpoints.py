@@ -66,12 +66,15 @@ def write_json(path: Path, data: object) -> None:
     temporary.replace(path)
 
 
-def save_whole(model, tokenizer, folder: Path) -> None:
-    """Save a model with its tokenizer into `folder`, which appears complete or not at all."""
+def save_whole(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
+    """Save a model with its tokenizer into `folder`, which appears complete or not at all.
+
+    weights: all of them by name, where `model` itself holds only a part.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         seal(temporary)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 
 from openmsa.training.checkpoints import damage, last_whole_checkpoint, save_whole, write_json
 from openmsa.training.data import Mixture
+from openmsa.training.parallel import Processes, full_weights, join, same_everywhere
 from openmsa.training.phases import Phase, Recipe
 from openmsa.training.trainer import MSATrainer, Probe, training_arguments
 
@@ -28,6 +29,7 @@ def train(
     probe_every: int = 50,
     callbacks: tuple = (),
     say: Say = print,
+    processes: Processes | None = None,
 ):
     """Train `model` by `recipe` in the folder `out` and return the trained model.
 
@@ -35,19 +37,24 @@ def train(
     Called again after an interruption, finished phases are loaded and the unfinished one goes on
     from its last whole checkpoint: the weights come out bit for bit as without the interruption.
     probe: measures the model every `probe_every` steps; what it returns is logged.
+    processes: from openmsa.training.parallel.join, where several train together; the first of them
+    says and writes. Left out, each holds the whole model.
     Raises ValueError if `out` holds another recipe, or if the model and a phase do not fit.
     """
     out = Path(out)
-    _check(recipe, model, tokenizer)
-    _claim(out, recipe, model, say)
+    processes = join() if processes is None else processes
+    say = say if processes.first else _say_nothing
+    _check(recipe, model, tokenizer, processes)
+    processes.first_does(lambda: _claim(out, recipe, model, say))
+    same_everywhere(model, processes)
     for number, phase in enumerate(recipe.phases):
         folder = out / f"{number}-{phase.name}"
-        if (folder / "history.json").exists() and damage(folder / "model") is None:
+        if processes.first_does(lambda folder=folder: _is_done(folder)):
             say(f"phase {phase.name}: already done")
-            model = type(model).from_pretrained(folder / "model")
+            model = AutoModelForCausalLM.from_pretrained(folder / "model")
             continue
         model = _run_phase(
-            recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say
+            recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say, processes
         )
     return model
 
@@ -68,16 +75,27 @@ def history(out: str | Path) -> list[dict]:
     return lines
 
 
-def _check(recipe: Recipe, model, tokenizer) -> None:
-    from openmsa.hf import is_msa
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _is_done(folder: Path) -> bool:
+    return (folder / "history.json").exists() and damage(folder / "model") is None
+
+
+def _check(recipe: Recipe, model, tokenizer, processes: Processes) -> None:
+    from openmsa.hf import is_converted, room_of
 
     limit = getattr(model.config, "max_position_embeddings", None)
     for phase in recipe.phases:
-        if phase.attention != "dense" and not is_msa(model):
+        processes.share_of(phase)
+        if phase.attention != "dense" and not is_converted(model):
             raise ValueError(
                 f"phase {phase.name!r} needs attention={phase.attention!r} but the model is dense; "
                 "call openmsa.hf.convert on it first"
             )
+        if is_converted(model):
+            _check_mechanism(phase, room_of(model))
         if limit is not None and phase.seq_len > limit:
             raise ValueError(
                 f"seq_len={phase.seq_len} of phase {phase.name!r} is longer than the model's "
@@ -91,6 +109,20 @@ def _check(recipe: Recipe, model, tokenizer) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"weight {name} holds NaN or inf; load a sound checkpoint")
+
+
+def _check_mechanism(phase: Phase, room) -> None:
+    remedy = "see openmsa.training.fitted"
+    if phase.attention not in room.PHASES:
+        raise ValueError(
+            f"phase {phase.name!r} needs attention={phase.attention!r}, which {room.NAME} lacks: "
+            f"it has no index; {remedy}"
+        )
+    if phase.trained == "index" and not room.ADDED:
+        raise ValueError(
+            f"phase {phase.name!r} trains the index alone, but {room.NAME} adds nothing that could "
+            f"be trained; {remedy}"
+        )
 
 
 def _claim(out: Path, recipe: Recipe, model, say: Say) -> None:
@@ -121,7 +153,9 @@ def _check_space(out: Path, model) -> None:
         )
 
 
-def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say):
+def _run_phase(
+    recipe, number, model, tokenizer, folder, probe, probe_every, callbacks, say, processes
+):
     phase: Phase = recipe.phases[number]
     _prepare(model, phase)
     sequences = phase.steps * phase.batch_size * phase.accumulate
@@ -132,7 +166,7 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
         size=sequences,
         seed=f"{recipe.seed}/{number}",
     )
-    checkpoint, passed_over = last_whole_checkpoint(folder)
+    checkpoint, passed_over = processes.first_does(lambda: last_whole_checkpoint(folder))
     for line in passed_over:
         say(line)
     say(f"phase {phase.name}: {phase.steps} steps, {phase.tokens:,} tokens")
@@ -142,9 +176,10 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     use_cache = model.config.use_cache
     trainer = MSATrainer(
         model=model,
-        args=training_arguments(recipe, phase, str(folder)),
+        args=training_arguments(recipe, phase, str(folder), processes),
         train_dataset=dataset,
         callbacks=observers,
+        processes=processes,
     )
     for observer in observers:
         if isinstance(observer, Probe):
@@ -152,21 +187,28 @@ def _run_phase(recipe, number, model, tokenizer, folder, probe, probe_every, cal
     trainer.remove_callback(PrinterCallback)  # its lines are in the history
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off, and would save it so
-    _finish(trainer, tokenizer, folder)
-    return trainer.accelerator.unwrap_model(trainer.model)
+    return _finish(trainer, tokenizer, folder)
 
 
 def _prepare(model, phase: Phase) -> None:
-    from openmsa.hf import freeze_backbone, is_msa, set_phase
+    from openmsa.hf import freeze_backbone, is_converted, set_phase
 
-    if is_msa(model):
+    if is_converted(model):
         set_phase(model, phase.attention, index_loss_weight=phase.index_loss_weight)
         freeze_backbone(model, phase.trained == "index")
 
 
-def _finish(trainer: MSATrainer, tokenizer, folder: Path) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    save_whole(model, tokenizer, folder / "model")
-    write_json(folder / "history.json", trainer.state.log_history)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+def _finish(trainer: MSATrainer, tokenizer, folder: Path):
+    """Save the phase and return its model; weights that were shared come back whole."""
+    model, shared = trainer.accelerator.unwrap_model(trainer.model), full_weights(trainer)
+
+    def write() -> None:
+        save_whole(model, tokenizer, folder / "model", shared)
+        write_json(folder / "history.json", trainer.state.log_history)
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+    trainer.processes.first_does(write)
+    if shared is None:
+        return model
+    return AutoModelForCausalLM.from_pretrained(folder / "model")

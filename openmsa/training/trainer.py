@@ -8,22 +8,31 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from openmsa.hf import is_msa, msa_layers
+from openmsa.hf import has_index, msa_layers
 from openmsa.training.checkpoints import seal
+from openmsa.training.parallel import Processes, context_loader, join, not_finite
 from openmsa.training.phases import Phase, Recipe
 
 
-def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArguments:
-    """The arguments of one phase; a GPU is used where there is one."""
-    recompute = _recompute_arguments() if phase.checkpoint_activations else {}
+def training_arguments(
+    recipe: Recipe, phase: Phase, folder: str, processes: Processes
+) -> TrainingArguments:
+    """The arguments of one phase for one of the processes; a GPU is used where there is one."""
+    batch_size, accumulate = processes.share_of(phase)
+    if processes.shard:
+        more = _shard_arguments(phase.checkpoint_activations)
+    else:
+        more = _recompute_arguments() if phase.checkpoint_activations else {}
     return TrainingArguments(
         output_dir=folder,
         max_steps=phase.steps,
-        per_device_train_batch_size=phase.batch_size,
-        gradient_accumulation_steps=phase.accumulate,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
         learning_rate=phase.learning_rate,
         **_schedule(phase),
         weight_decay=phase.weight_decay,
@@ -44,7 +53,7 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: str) -> TrainingArg
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to=["tensorboard"],
-        **recompute,
+        **more,
     )
 
 
@@ -84,27 +93,63 @@ def _recompute_arguments() -> dict:
     raise ValueError("checkpoint_activations=True: this transformers has no checkpointing argument")
 
 
+def _shard_arguments(checkpoint_activations: bool) -> dict:
+    """FSDP2, a unit for every decoder layer; its own checkpointing gathers a layer only once."""
+    how = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+        "activation_checkpointing": checkpoint_activations,
+    }
+    return {"fsdp": True, "fsdp_config": how}
+
+
 class MSATrainer(Trainer):
     """Adds the language model loss and the KL of every layer to the log.
 
     The loss itself needs no change here: a converted model returns the whole of it (see
-    `openmsa.hf`), scaled right under accumulation because each micro-batch is told how many query
-    tokens the whole step holds.
+    `openmsa.hf`), scaled right under accumulation and over several processes because each
+    micro-batch is told how many query tokens the whole step holds, in all processes.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, processes: Processes | None = None, **kwargs):
+        self.processes = join() if processes is None else processes
         super().__init__(*args, **kwargs)
         self._index_loss = None
         self._lm_loss = 0.0
         self._passes = 0
+
+    def create_accelerator_and_postprocess(self):
+        plain = getattr(self.args, "fsdp_plugin_args", None)
+        if plain is not None and self.args.bf16:
+            plain["mixed_precision_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if plain is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate offers FSDP on accelerators only, but none of its code needs one.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**plain)
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_version={state.fsdp_plugin.fsdp_version} is not supported; use 2, or leave "
+                "FSDP out of the accelerate config and ask for it by shard=True"
+            )
+
+    def get_train_dataloader(self):
+        if self.processes.context == 1:
+            return super().get_train_dataloader()
+        size = self.args.per_device_train_batch_size
+        return context_loader(self.train_dataset, size, self.processes)
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if is_msa(self.model):
-            rows = sum(_real_tokens(batch) for batch in batches)
+        if has_index(self.model):
+            rows = torch.tensor(sum(_real_tokens(batch) for batch in batches), device=device)
+            rows = int(self.processes.total(rows))
             batches = [{**batch, "index_rows_in_batch": rows} for batch in batches]
         return batches, num_items
 
@@ -113,7 +158,8 @@ class MSATrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training and "index_loss" in outputs:
-            per_layer = outputs["index_loss"].detach()
+            share = _real_tokens(inputs) / inputs["index_rows_in_batch"]
+            per_layer = outputs["index_loss"].detach() * share
             self._index_loss = (
                 per_layer if self._index_loss is None else self._index_loss + per_layer
             )
@@ -129,19 +175,20 @@ class MSATrainer(Trainer):
             )
         if "loss" in logs and self._passes:
             steps = self._passes / self.args.gradient_accumulation_steps
-            logs = {**logs, "lm_loss": float(self._lm_loss / steps)}
-            layers = msa_layers(self.model)
-            per_layer = (self._index_loss / self._passes).tolist()
-            logs |= {f"kl/layer_{n}": kl for n, kl in zip(layers, per_layer, strict=True)}
+            sums = torch.cat([self._lm_loss[None].to(self._index_loss), self._index_loss])
+            lm_loss, *per_layer = (self.processes.total(sums) / steps).tolist()
+            names = [f"kl/layer_{n}" for n in msa_layers(self.model)]
+            logs = {**logs, "lm_loss": lm_loss, **dict(zip(names, per_layer, strict=True))}
             self._index_loss, self._lm_loss, self._passes = None, 0.0, 0
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"weight {name} became NaN or inf; lower learning_rate")
+        if (name := not_finite(self.model, self.processes)) is not None:
+            raise ValueError(f"weight {name} became NaN or inf; lower learning_rate")
         super()._save_checkpoint(*args, **kwargs)
-        seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        if self.processes.first:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
 
 class Probe(TrainerCallback):
@@ -168,5 +215,7 @@ def measured(model: torch.nn.Module, measure: Callable[[torch.nn.Module], dict])
 
 
 def _real_tokens(batch: dict) -> int:
+    if "context" in batch:
+        return batch["context"].num_queries
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
