@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """q [1, t, h, d], k and v [1, s, g, d], q_index [1, t, g, d_index], k_index [1, s, d_index]"""
+    """q [b, t, h, d], k and v [b, s, g, d], q_index [b, t, g, d_index], k_index [b, s, d_index]"""
 
     q: Tensor
     k: Tensor
@@ -52,7 +52,16 @@ class Inputs:
         return Inputs(q, self.k[:, :s], self.v[:, :s], q_index, self.k_index[:, :s])
 
 
-def make(shape: Shape, t: int, s: int, dtype: torch.dtype, data: str = "random") -> Inputs:
+def make(
+    shape: Shape,
+    t: int,
+    s: int,
+    dtype: torch.dtype,
+    data: str = "random",
+    *,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> Inputs:
     """Seeded inputs of t queries in front of s keys; data is "random" or "agreeing".
 
     Agreeing: the index queries of a stretch of 64 tokens share 98 % of their variance, so that
@@ -60,28 +69,35 @@ def make(shape: Shape, t: int, s: int, dtype: torch.dtype, data: str = "random")
     """
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
-    q_index = normal(1, t, shape.g, shape.d_index, dtype=torch.float32, seed=3)
+    where = {"device": device}
+    q_index = normal(batch, t, shape.g, shape.d_index, seed=3, **where)
     if data == "agreeing":
-        topics = normal(1, -(-t // TOPIC_TOKENS), shape.g, shape.d_index, seed=5)
+        topics = normal(batch, -(-t // TOPIC_TOKENS), shape.g, shape.d_index, seed=5, **where)
         topics = topics.repeat_interleave(TOPIC_TOKENS, 1)[:, :t]
         q_index = TOPIC_SHARE**0.5 * topics + (1 - TOPIC_SHARE) ** 0.5 * q_index
+    where["dtype"] = dtype
     return Inputs(
-        normal(1, t, shape.h, shape.d, dtype=dtype, seed=0),
-        normal(1, s, shape.g, shape.d, dtype=dtype, seed=1),
-        normal(1, s, shape.g, shape.d, dtype=dtype, seed=2),
+        normal(batch, t, shape.h, shape.d, seed=0, **where),
+        normal(batch, s, shape.g, shape.d, seed=1, **where),
+        normal(batch, s, shape.g, shape.d, seed=2, **where),
         q_index.to(dtype),
-        normal(1, s, shape.d_index, dtype=dtype, seed=4),
+        normal(batch, s, shape.d_index, seed=4, **where),
     )
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
+def normal(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Seeded normal numbers, drawn in fp32 a piece at a time and rounded to `dtype`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.empty(shape, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.empty(shape, dtype=dtype, device=device)
     flat = x.view(-1)
     for start in range(0, flat.numel(), PIECE):
         piece = flat[start : start + PIECE]
-        piece.copy_(torch.randn(piece.numel(), generator=generator))
+        piece.copy_(torch.randn(piece.numel(), generator=generator, device=device))
     return x
 
 
@@ -90,7 +106,7 @@ def agreement(selection: Selection) -> float:
     before, after = selection.blocks[:, :, :-1], selection.blocks[:, :, 1:]
     if after.numel() == 0:
         return 1.0
-    shared = torch.zeros((), dtype=torch.long)
+    shared = torch.zeros((), dtype=torch.long, device=after.device)
     for slot in range(after.shape[-1]):
         here = after[..., slot : slot + 1]
         shared += ((here == before).any(-1) & (here[..., 0] >= 0)).sum()

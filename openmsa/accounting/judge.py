@@ -80,7 +80,7 @@ def judge_attention(
         q, k, v = x.q[0, token, heads], x.k[0, keys, group], x.v[0, keys, group]
         eager.append(_attend(q, k, v))
         truth.append(_attend(q.double(), k.double(), v.double()))
-    return _compare("out", torch.cat(ours), torch.cat(eager), torch.cat(truth))
+    return compare("out", torch.cat(ours), torch.cat(eager), torch.cat(truth))
 
 
 def judge_gradients(
@@ -100,11 +100,11 @@ def judge_gradients(
         rows[0].append(dq[0, token, _heads(x, group)])
         for place, dtype in ((1, x.q.dtype), (2, torch.float64)):
             rows[place].append(_gradients(x, token, group, keys, dout, dtype)[0])
-    verdict = _compare("dq", *map(torch.cat, rows))
+    verdict = compare("dq", *map(torch.cat, rows))
     readers = range(max(0, own.start - (s - t)), t)
     eager, truth = (_key_sums(x, selection, dout, own, readers, kind) for kind in (x.q.dtype, None))
     for name, ours, *others in (("dk", dk, eager[0], truth[0]), ("dv", dv, eager[1], truth[1])):
-        verdict = verdict.also(_compare(name, ours[0, own.start : own.stop, 0], *others))
+        verdict = verdict.also(compare(name, ours[0, own.start : own.stop, 0], *others))
     return verdict
 
 
@@ -166,7 +166,8 @@ def _gradients(x: Inputs, token: int, group: int, keys: Tensor, dout: Tensor, dt
     return torch.autograd.grad(out, leaves, dout[0, token, heads].to(dtype))
 
 
-def _compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Verdict:
+def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Verdict:
+    """The rule of the house, on tensors of one shape."""
     ours, eager, truth = (y.detach() for y in (ours, eager, truth))
     last_place = torch.finfo(ours.dtype).eps * float(truth.abs().max())
     error, allowed = ((y.double() - truth).abs() for y in (ours, eager))

@@ -1,4 +1,7 @@
-"""openmsa bench cpu: what this machine gets out of itself, dense and sparse, beside its roofs."""
+"""openmsa bench: what this machine gets out of itself, dense and sparse, beside its roofs.
+
+Here bench cpu; bench gpu has files of its own (openmsa.cli.bench_gpu).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from openmsa.cli import bench_gpu
 from openmsa.cli.arguments import whole_number, whole_numbers
 from openmsa.cli.console import say
 from openmsa.cli.door import UsageError
@@ -20,7 +24,8 @@ DESCRIPTION = (
     "memory reads, torch SDPA and transformers' MiniMax-M3; results are checked against fp64 in "
     "the same run. Table and sweep take about ten minutes on two cores of 160 GFLOP/s each (bf16), "
     "less on more, and 8 GB of memory; --quick shows in seconds that everything runs. Leave the "
-    "machine alone meanwhile."
+    "machine alone meanwhile. bench gpu does the same on a GPU in under ten minutes, with cuDNN, "
+    "flash, FlexAttention and what else is installed beside it."
 )
 EXAMPLE = "openmsa bench cpu --suite table --out runs/bench"
 SUITES = ("table", "sweep", "workloads")
@@ -29,7 +34,7 @@ TABLE_COLUMNS = ("what", "data", "ours", "against", "ratio", "at least", "met", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("device", choices=("cpu",), help="what is measured")
+    parser.add_argument("device", choices=("cpu", "gpu"), help="what is measured")
     parser.add_argument(
         "--suite",
         choices=(*SUITES, "all"),
@@ -47,17 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/bench"),
-        help="folder for cpu_*.csv (rows are added to what is there) and the plot",
+        help="folder for cpu_*.csv or gpu.csv (rows are added to what is there) and the plot",
     )
     parser.add_argument("--threads", type=whole_number(1), help="left out: as torch has it")
     parser.add_argument("--instruction-set", help="of the native kernels; left out: the best")
     parser.add_argument("--backend", choices=BACKENDS, help="left out: what the operations pick")
+    bench_gpu.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
     check_space(arguments.out)
+    if arguments.device == "gpu":
+        return bench_gpu.run(arguments)
+    bench_gpu.refuse_for_cpu(arguments)
     from openmsa.accounting import machine
 
     plan, backend = _plan(arguments), _backend(arguments.backend)

@@ -124,7 +124,7 @@ def test_threads_are_those_asked_for_and_return(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["gpu"], "invalid choice"),
+        (["tpu"], "invalid choice"),
         (["cpu", "--suite", "chess"], "--suite"),
         (["cpu", "--context", "2048"], "two different lengths"),
         (["cpu", "--context", "8,16,32"], "two different lengths"),
