@@ -11,6 +11,7 @@ import torch
 from openmsa import dense_attention
 from openmsa.mechanisms.moba import MoBAConfig, moba_attention, select
 from tests.support import (
+    CPU,
     assert_as_good_as_eager,
     borders,
     eager_attention,
@@ -116,11 +117,11 @@ def test_packed_is_each_alone_and_decoding_the_full_pass(backend):
         torch.testing.assert_close(one, alone)
 
 
-@every_backend
-@pytest.mark.parametrize("block_size", [16, 256, 512, 4096])
+@pytest.mark.parametrize("block_size", [16, 48, 4096])
+@pytest.mark.parametrize("backend", ["reference", "portable", *CPU], indirect=True)
 def test_blocks_of_any_size(backend, block_size):
-    """On sequences of two and a half blocks of 4,096 only a few of the last queries."""
-    s, t = 2 * block_size + block_size // 2 + 3, 5
+    """The last queries choose one of two whole blocks, and read some keys of their own."""
+    s, t = 2 * block_size + 21 - block_size % 5, 3
     inputs = qkv(1, t, s, 2, 1, 8, dtype=widest(backend), grad=True)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = moba_attention(*inputs, MoBAConfig(block_size, 2), backend=backend).out
@@ -130,6 +131,26 @@ def test_blocks_of_any_size(backend, block_size):
     truth.sum().backward()
     for ours, theirs in zip(inputs, exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+@judged_backend
+@pytest.mark.parametrize(("block_size", "top_k"), [(32, 3), (16, 1)])
+def test_is_the_official_naive_code(backend, block_size, top_k):
+    """Runs where the folder moba of github.com/MoonshotAI/MoBA is on PYTHONPATH. That code computes
+    in fp32 whatever it is given, and wants a key for every query head."""
+    official = pytest.importorskip("moba_naive").moba_attn_varlen_naive
+    lengths, h, g = (150, 77, 200), 4, 2
+    inputs = qkv(1, sum(lengths), sum(lengths), h, g, 16, grad=True)
+    cu, config = borders(*lengths), MoBAConfig(block_size, top_k)
+    out = moba_attention(*inputs, config, cu_seqlens_q=cu, backend=backend).out
+    q, k, v = inputs
+    heads = (x[0].repeat_interleave(h // g, 1) for x in (k, v))
+    theirs = official(q[0], *heads, cu, max(lengths), block_size, top_k)[None]
+    torch.testing.assert_close(out, theirs)
+    slope = torch.linspace(-1, 1, out.numel()).view_as(out)
+    gradients = (torch.autograd.grad(x, inputs, slope) for x in (out, theirs))
+    for ours, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, other)
 
 
 def test_config_is_the_papers_by_default_and_frozen():
