@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -127,7 +127,7 @@ class MSATrainer(Trainer):
         state = self.accelerator.state
         if plain is not None and state.distributed_type == DistributedType.MULTI_CPU:
             # accelerate offers FSDP on accelerators only, but none of its code needs one.
-            state.distributed_type = DistributedType.FSDP
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**plain)
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
