@@ -5,7 +5,7 @@ from openmsa.hf.auto import OpenMSAConfig
 from openmsa.hf.cache import MSACacheLayer
 from openmsa.hf.context import split_context
 from openmsa.hf.convert import convert, to_dense
-from openmsa.hf.m3 import enable
+from openmsa.hf.m3 import enable, last_index_loss
 from openmsa.hf.phases import (
     added_parameters,
     capture_attention,
@@ -38,6 +38,7 @@ __all__ = [
     "index_parameters",
     "is_converted",
     "is_msa",
+    "last_index_loss",
     "mechanism_of",
     "msa_config",
     "msa_layers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
@@ -27,7 +28,10 @@ def enable(model: nn.Module) -> nn.Module:
     classes become subclasses of the same names, all weights stay the same objects.
     `set_phase`, `freeze_backbone`, `index_parameters`, `msa_layers`, `msa_config` and
     `capture_attention` work on it as on a converted model, and so does the output in training: the
-    KL is in `loss`, and `index_loss` [sparse layers] and `lm_loss` beside it.
+    KL is in `loss`, with `index_loss` [sparse layers] and `lm_loss` beside it.
+    A trainer that makes its loss of the logits, or of the backbone's hidden states (TRL), trains
+    the index too: the KL is attached to what it reads, times index_loss_weight in every forward
+    pass. Divide that by the number of micro-batches which such a trainer accumulates.
 
     Raises ValueError for any other model, a transformers without MiniMax-M3, a model without sparse
     layers and an index whose heads are not one per KV head.
@@ -39,6 +43,21 @@ def enable(model: nn.Module) -> nn.Module:
         give_classes(inner)
         m3_classes.enable_class(inner)
     return model
+
+
+def last_index_loss(model: nn.Module) -> torch.Tensor | None:
+    """The KL of every sparse layer in the last training pass, fp32 [sparse layers], to be logged.
+
+    For trainers that do not hand the model's output on. None before the first training pass.
+    Raises ValueError for a model that `enable` was not called on.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, M3ModelMixin):
+        raise ValueError(f"model is a {type(inner).__name__}; call openmsa.hf.enable on it first")
+    losses = [attention.msa_index_loss for attention in inner.msa_attentions()]
+    if any(loss is None for loss in losses):
+        return None
+    return torch.stack([loss.to(losses[0].device) for loss in losses])
 
 
 def give_classes(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import openmsa
 from openmsa import hf
+from openmsa.training.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.hf.m3_tiny import tiny_m3
 from tests.hf.test_training import checkpointing, gradients, parts
 from tests.hf.tiny import tiny_tokens
@@ -135,6 +136,73 @@ def test_a_frozen_backbone_trains_the_index_alone():
     assert not any(torch.equal(after[name], before[name]) for name in index)
 
 
+def index_gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in hf.index_parameters(model) if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("recomputed", ["", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("read", ["logits", "hidden states"])
+def test_a_loss_that_somebody_else_makes_trains_the_index(read, recomputed):
+    """Once, and with the gradient that the index loss has in our own loss."""
+    model, ids = trained(index_loss_weight=0.3), tiny_tokens(2, 40)
+    own = model(ids, labels=ids, use_cache=False)
+    own.loss.backward()
+    expected = index_gradients(model)
+    if recomputed:
+        if read == "logits" and recomputed == "reentrant":
+            pytest.skip("refused: the index loss of the output would be lost")
+        checkpointing(model, reentrant=recomputed == "reentrant")
+    if read == "logits":
+        out = model(ids, use_cache=False)
+        made, told = out.logits, out["index_loss"]
+        assert not told.requires_grad
+    else:
+        embedded = model.get_input_embeddings()(ids)
+        made = model.lm_head(model.model(inputs_embeds=embedded, use_cache=False)[0])
+        told = hf.last_index_loss(model)
+    torch.nn.functional.cross_entropy(made[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    torch.testing.assert_close(told, own["index_loss"].detach())
+    torch.testing.assert_close(hf.last_index_loss(model), told)
+    found = index_gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_is_attached_where_nothing_learns():
+    model, ids = trained(), tiny_tokens(1, 30)
+    expected = model.eval().model(ids)[0]
+    with torch.no_grad():
+        assert torch.equal(model.train().model(ids)[0], expected)
+    assert hf.last_index_loss(model) is None
+    hf.set_phase(model, "dense")
+    model.model(ids)[0].sum().backward()
+    assert not index_gradients(model)
+    with pytest.raises(ValueError, match="call openmsa.hf.enable on it first"):
+        hf.last_index_loss(tiny_m3())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl_trains_the_index(tmp_path, packing):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    model = hf.enable(tiny_m3(vocab_size=VOCAB_SIZE))
+    hf.set_phase(model, "sparse", index_loss_weight=1 / 2)  # two micro-batches a step
+    rows = datasets.Dataset.from_list(
+        [{"text": "count with me: " + "one two " * n} for n in range(8)]
+    )
+    config = trl.SFTConfig(**_arguments(tmp_path), packing=packing, max_length=64, bf16=False)
+    trainer = trl.SFTTrainer(
+        model=model, args=config, train_dataset=rows, processing_class=byte_tokenizer()
+    )
+    before = {n: p.detach().clone() for n, p in hf.index_parameters(model)}
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in hf.index_parameters(model))
+    assert hf.last_index_loss(model).shape == (2,) and (hf.last_index_loss(model) > 0).all()
+
+
 class _Logged(Trainer):
     """A trainer that reads the output's index_loss, and changes nothing."""
 
@@ -144,19 +212,18 @@ class _Logged(Trainer):
         return (loss, out) if return_outputs else loss
 
 
-def arguments(folder, **more) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        **more,
-    )
+def _arguments(folder) -> dict:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -164,7 +231,9 @@ def test_trainer_trains_the_index(tmp_path, bf16):
     model = hf.enable(tiny_m3())
     rows = [{"input_ids": row, "labels": row} for row in tiny_tokens(12, 40)]
     before = {n: p.detach().clone() for n, p in hf.index_parameters(model)}
-    trainer = _Logged(model=model, args=arguments(tmp_path, bf16=bf16), train_dataset=rows)
+    trainer = _Logged(
+        model=model, args=TrainingArguments(**_arguments(tmp_path), bf16=bf16), train_dataset=rows
+    )
     trainer.train()
     assert trainer.seen.shape == (2,) and (trainer.seen > 0).all()
     for name, parameter in hf.index_parameters(model):
