@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from openmsa.training.parallel import join
+
+    if join().first:  # one conversion is enough, however many processes were started
+        convert_one(arguments)
+
+
+def convert_one(arguments: argparse.Namespace) -> None:
+    """Load, convert and save."""
     check_vacant(arguments.out, overwrite=arguments.overwrite)
     auto = arguments.layers == "auto"
     if auto and arguments.mechanism not in (None, "msa"):

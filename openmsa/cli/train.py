@@ -15,6 +15,7 @@ from openmsa.cli.files import check_space
 from openmsa.cli.mechanisms import add_mechanism_options, chosen_config
 from openmsa.cli.models import load_model, load_tokenizer
 from openmsa.cli.recipes import read_recipe
+from openmsa.cli.together import add_process_options, first_speaks, meet
 
 DESCRIPTION = (
     "Train by a recipe: phases of dense attention, index warm-up and sparse attention. Run again "
@@ -50,9 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mechanism_options(parser, note="where a dense model is converted first")
     parser.add_argument("--layers", type=layer_list, help='"0,2-5"; left out: all')
     parser.add_argument("--init", choices=("main", "random"), help="left out: main, new: random")
+    add_process_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
+    processes = meet(arguments)
+    return first_speaks(processes, lambda: train_with(arguments, processes))
+
+
+def train_with(arguments: argparse.Namespace, processes) -> None:
+    """What one of the processes does."""
     changes = [*arguments.set, *([f"data.source={arguments.data}"] if arguments.data else [])]
     recipe = read_recipe(arguments.recipe, changes)
     if arguments.print_recipe:
@@ -79,7 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
             probe_every=arguments.probe_every,
             callbacks=(step_counter(recipe, bar),),
             say=say,
+            processes=processes,
         )
+    if not processes.first:
+        return
     lines = history(arguments.out)
     draw_curves(lines, arguments.out)
     report(lines, recipe)

@@ -71,6 +71,11 @@ class Processes:
             raise told[1]
         return told[0]
 
+    def part(self) -> None:
+        """The work is done: leave the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.size > 1:
@@ -87,7 +92,9 @@ def join(*, shard: bool = False, context: int = 1) -> Processes:
     from accelerate import PartialState
 
     on_gpu = torch.cuda.is_available()
-    state = PartialState(cpu=not on_gpu, backend="cpu:gloo,cuda:nccl" if on_gpu else None)
+    several = dist.is_available() and dist.is_torchelastic_launched()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu and several else None
+    state = PartialState(cpu=not on_gpu, backend=backend)
     rank, size = state.process_index, state.num_processes
     start = "start the program by `torchrun --nproc-per-node N`"
     if shard and size == 1:
