@@ -189,10 +189,7 @@ def attention_function(
 def _check_not_selected(kwargs: dict) -> None:
     """Raises ValueError for a layer whose own indexer has chosen blocks: it would run dense."""
     if kwargs.get("block_indices") is not None:
-        raise ValueError(
-            f"attn_implementation={NAME!r} alone would run the sparse layers of this model dense; "
-            "call openmsa.hf.enable(model)"
-        )
+        raise ValueError("the sparse layers would run dense; call openmsa.hf.enable(model)")
 
 
 def _layout(q: Tensor, k: Tensor, masks: Masks | None, kwargs: dict) -> Layout | None:
