@@ -25,7 +25,7 @@ STEPS = (
     ("hf",),
     ("training", "inference"),
     ("accounting",),
-    ("evaluation",),
+    ("evaluation", "conformance"),
     ("cli",),
 )
 STEP_OF = {room: step for step, rooms in enumerate(STEPS) for room in rooms}

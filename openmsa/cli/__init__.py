@@ -13,6 +13,7 @@ VERBS = {
     "generate": "text from a prompt of any length the model allows",
     "inspect": "what the index selects, and whether a dense model would bear MSA",
     "bench": "what this machine gives: dense, sparse and decoding beside its roofs",
+    "conformance": "does an engine mean what the definition means, trap by trap",
     "cost": "what each sparse attention would cost on which chips: FLOPs, bytes, seconds, dollars",
     "env": "which backends are usable here and, for each that is not, why",
 }
@@ -21,7 +22,7 @@ VERBS = {
 def overview() -> str:
     """The text of `openmsa --help`."""
     lines = ["usage: openmsa VERB [options]", "", "MiniMax Sparse Attention for every machine.", ""]
-    lines += [f"  {verb:10}{what}" for verb, what in VERBS.items()]
+    lines += [f"  {verb:13}{what}" for verb, what in VERBS.items()]
     lines += [
         "",
         "`openmsa VERB --help` tells more, with an example.",
