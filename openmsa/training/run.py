@@ -17,6 +17,7 @@ from openmsa.training.phases import Phase, Recipe
 from openmsa.training.trainer import MSATrainer, Probe, training_arguments
 
 Say = Callable[[str], None]
+SHARED_WEIGHTS = "pytorch_model_fsdp.bin"  # accelerate's name for what FSDP resumes from
 
 
 def train(
@@ -166,9 +167,7 @@ def _run_phase(
         size=sequences,
         seed=f"{recipe.seed}/{number}",
     )
-    checkpoint, passed_over = processes.first_does(lambda: last_whole_checkpoint(folder))
-    for line in passed_over:
-        say(line)
+    checkpoint = _last_checkpoint(folder, processes, say)
     say(f"phase {phase.name}: {phase.steps} steps, {phase.tokens:,} tokens")
     observers = list(callbacks)
     if probe is not None:
@@ -190,12 +189,30 @@ def _run_phase(
     return _finish(trainer, tokenizer, folder)
 
 
+def _last_checkpoint(folder: Path, processes: Processes, say: Say) -> Path | None:
+    """Where the phase goes on. Raises ValueError if its weights were shared and are not now."""
+    checkpoint, passed_over = processes.first_does(lambda: last_whole_checkpoint(folder))
+    for line in passed_over:
+        say(line)
+    if checkpoint is not None:
+        shared = (checkpoint / SHARED_WEIGHTS).exists()
+        if shared != processes.shard:
+            raise ValueError(
+                f"{checkpoint} was written with shard={shared}; go on with shard={shared}, or "
+                "remove it"
+            )
+    return checkpoint
+
+
 def _prepare(model, phase: Phase) -> None:
-    from openmsa.hf import freeze_backbone, is_converted, set_phase
+    from openmsa.hf import added_parameters, freeze_backbone, is_converted, set_phase
 
     if is_converted(model):
         set_phase(model, phase.attention, index_loss_weight=phase.index_loss_weight)
         freeze_backbone(model, phase.trained == "index")
+        if phase.attention == "dense":  # what was added has no part in it
+            for _, parameter in added_parameters(model):
+                parameter.requires_grad_(False)
 
 
 def _finish(trainer: MSATrainer, tokenizer, folder: Path):

@@ -9,6 +9,7 @@ from torch import distributed as dist
 import openmsa
 from openmsa import hf
 from openmsa.ops.context_parallel import gather_tokens
+from tests.hf.mechanisms import SMALL, WITH_INDEX
 from tests.hf.tiny import SPARSE, tiny_model, tiny_tokens
 from tests.processes import together
 from tests.support import assert_as_good_as_eager
@@ -67,7 +68,8 @@ def alone(batch, *how, **more):
     model = trained(*how, **more)
     out = model(**batch)
     out.loss.backward()
-    return out.loss.detach(), out.index_loss.detach(), gradients(model), out.logits.detach()
+    index_loss = getattr(out, "index_loss", torch.zeros(()))
+    return out.loss.detach(), index_loss.detach(), gradients(model)
 
 
 def check(batch: dict, phase: str, what: str, **more) -> None:
@@ -76,10 +78,11 @@ def check(batch: dict, phase: str, what: str, **more) -> None:
     inputs = hf.split_context(batch)
     out = model(**inputs)
     out.loss.backward()
+    index_loss = getattr(out, "index_loss", torch.zeros(()))
     share = inputs["context"].num_queries / inputs["context"].num_tokens
     for name, found, expected in (
         ("loss", out.loss, (single[0], truth[0])),
-        ("index loss", out.index_loss * share, (single[1], truth[1])),
+        ("index loss", index_loss * share, (single[1], truth[1])),
     ):
         found = found.detach().clone()
         dist.all_reduce(found)
@@ -97,6 +100,12 @@ def every_batch(rank: int) -> None:
             check(batch, phase, f"{name}, {phase}")
         check(batch, "sparse", f"{name}, mixed", config=MIXED)
     check(BATCHES["plain"], "warmup", "frozen", frozen=True)
+
+
+def every_mechanism(rank: int) -> None:
+    for name, config in SMALL.items():
+        for phase in ("sparse", "warmup") if name in WITH_INDEX else ("sparse",):
+            check(BATCHES["right"], phase, f"{name}, {phase}", config=config)
 
 
 def one_batch(rank: int) -> None:
@@ -137,3 +146,8 @@ def test_a_shared_batch_is_the_batch(tmp_path):
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_kind_of_batch_can_be_shared(size, tmp_path):
     together(size, tmp_path, every_batch)
+
+
+@pytest.mark.slow
+def test_every_mechanism_can_share_a_batch(tmp_path):
+    together(2, tmp_path, every_mechanism)
