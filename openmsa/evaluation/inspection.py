@@ -21,6 +21,7 @@ from openmsa import hf
 from openmsa.evaluation.batches import check_sequences
 from openmsa.evaluation.captures import as_mask, run_and_look, selected_blocks, sequences_of
 from openmsa.evaluation.recall import MEASURES, LayerRecall, evaluate_recall
+from openmsa.hf.room import Budget
 
 VERDICTS = ("ready", "train", "keep dense")
 
@@ -97,14 +98,7 @@ def selection_map(
     sequences of different lengths, max_cells below 2, and a mechanism or phase that selects
     nothing.
     """
-    if not hf.is_converted(model):
-        raise ValueError(f"model is a dense {type(model).__name__}; convert it first")
-    budget = hf.room_of(model).budget
-    if budget is None:
-        raise ValueError(
-            f"{hf.mechanism_of(model)} reads by position alone as it is configured here, so there "
-            "is no selection to map"
-        )
+    budget = _budget_of(model)
     sequences = check_sequences(model, sequences)
     num_tokens = len(sequences[0])
     if any(len(s) != num_tokens for s in sequences):
@@ -126,6 +120,18 @@ def selection_map(
     maps = tuple(_rounded(sums[layer] / pairs) for layer in sorted(sums))
     shape = (budget.block_size, budget.top_k, blocks_per_cell, num_tokens)
     return SelectionMap(tuple(sorted(sums)), *shape, maps)
+
+
+def _budget_of(model) -> Budget:
+    if not hf.is_converted(model):
+        raise ValueError(f"model is a dense {type(model).__name__}; convert it first")
+    budget = hf.room_of(model).budget
+    if budget is None:
+        raise ValueError(
+            f"{hf.mechanism_of(model)} reads by position alone as it is configured here, so there "
+            "is no selection to map"
+        )
+    return budget
 
 
 def will_it_bear(

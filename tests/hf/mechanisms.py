@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from openmsa import hf
 from openmsa.mechanisms import dsa, infllm2, moba, msa, nsa, window
+from tests.hf.tiny import tiny_model, tiny_tokens
 
 SMALL = {
     "msa": msa.MSAConfig(block_size=4, top_k=3),
@@ -27,6 +31,7 @@ EVERYTHING = {
     "window and blocks": window.WindowConfig(window=7, random_blocks=64, block_size=4),
 }
 WITH_INDEX = ("msa", "dsa")
+LENGTHS = (37, 50, 1, 23)
 
 
 def with_layers(config, layers):
@@ -58,3 +63,19 @@ def direct(call, attention, config, **how):
         window.WindowConfig: window.windowed_attention,
     }
     return plain[type(config)](*main, config, **how)
+
+
+def converted(name: str, family: str = "qwen3", config=None):
+    return disturbed(hf.convert(tiny_model(family), config or SMALL[name]))
+
+
+def disturbed(model):
+    """The same model with its additions far from where they start."""
+    torch.manual_seed(3)
+    for _, parameter in hf.added_parameters(model):
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def sequences() -> list[torch.Tensor]:
+    return [tiny_tokens(n, seed=i) for i, n in enumerate(LENGTHS)]
