@@ -118,9 +118,12 @@ def _show(result: dict) -> None:
     columns = ("case", *COLUMNS, "cache", "error")
     table(f"{result['name']}: {result['version']}", columns, rows)
     print("grads: dq, dk, dv; index: dq_index, dk_index; error: the largest, 1 is what is allowed")
+    failed: dict[tuple[str, str], list[str]] = {}
     for verdict in result["verdicts"]:
         if verdict["verdict"] == "fail":
-            print(f"FAIL {verdict['case']}, {verdict['check']}: {verdict['why']}")
+            failed.setdefault((verdict["case"], verdict["why"]), []).append(verdict["check"])
+    for (case, why), checks in failed.items():
+        print(f"FAIL {case}, {', '.join(checks)}: {why}")
     missing = {v["why"]: None for v in result["verdicts"] if v["verdict"] == "not offered"}
     if missing:
         print(f"not offered by {result['name']}: {'; '.join(missing)}")

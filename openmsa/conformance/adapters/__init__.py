@@ -30,6 +30,7 @@ ENGINES = {
         "transformers",
         "pip install 'openmsa[hf]' (minimax_m3_vl is in transformers 5.17 and later)",
     ),
+    "enabled-m3": Engine(f"{_OTHERS}.enabled_m3:EnabledM3", "openmsa", "pip install 'openmsa[hf]'"),
     "nemo-automodel": Engine(
         f"{_OTHERS}.nemo_automodel:NemoAutomodel",
         "nemo-automodel",

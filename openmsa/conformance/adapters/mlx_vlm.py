@@ -10,7 +10,7 @@ from torch import Tensor
 
 from openmsa.conformance.adapter import Cache, NotOffered
 from openmsa.conformance.adapters import package_version
-from openmsa.conformance.adapters.hidden import Channels
+from openmsa.conformance.adapters.hidden import Channels, require
 from openmsa.conformance.adapters.mlx_arrays import to_mlx, to_torch
 from openmsa.conformance.adapters.mlx_layer import (
     Layer,
@@ -40,6 +40,11 @@ class MlxVlm(MlxAdapter):
         if blocks is None:
             return visible_blocks(x)
         return to_torch(blocks)[:, None]
+
+    def gradients(self, x: Inputs) -> dict[str, Tensor]:
+        chosen = x.rule.phase == "sparse" and x.k.shape[1] > x.rule.block_size * x.rule.top_k
+        require(not chosen, "gradients where blocks are chosen (MLX refuses its gather)")
+        return super().gradients(x)
 
     def layer(self, x: Inputs, channels: Channels) -> Layer:
         attention = _attention(x, channels)

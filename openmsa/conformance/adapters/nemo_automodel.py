@@ -39,7 +39,6 @@ class NemoAutomodel(TorchAdapter):
         return torch.where(kept, number, -1)
 
     def attend(self, x: Inputs) -> tuple[Tensor, None]:
-        require(not x.packed, "packed sequences")
         plain_shape(x)
         require(x.q.shape[1] == x.k.shape[1], "fewer queries than keys, outside its own sharding")
         require(not x.imposed, "attention to blocks that are given")
@@ -54,8 +53,18 @@ class NemoAutomodel(TorchAdapter):
         layer.q_norm = layer.k_norm = layer.o_proj = nn.Identity()
         hidden = channels.hidden(x)
         unrotated = torch.tensor([1.0, 0.0], device=hidden.device).expand(*hidden.shape[:2], 2)
-        out = layer(hidden, freqs_cis=unrotated, attention_mask=x.mask)
+        out = layer(hidden, freqs_cis=unrotated, attention_mask=_mask(x))
         return out.unflatten(-1, x.q.shape[2:]), None
+
+
+def _mask(x: Inputs) -> Tensor | None:
+    """Padding by token; packed sequences as a mask of blocks along the diagonal, as its data has
+    them."""
+    if not x.packed:
+        return x.mask
+    require(torch.equal(x.cu_seqlens_q, x.cu_seqlens_k), "packed sequences of two lengths")
+    document = torch.arange(len(x.cu_seqlens_q) - 1).repeat_interleave(x.cu_seqlens_q.diff().cpu())
+    return (document[:, None] == document)[None, None].to(x.q.device)
 
 
 def _layer(x: Inputs, width: int, sparse: bool) -> nn.Module:

@@ -35,29 +35,29 @@ class TransformersM3(TorchAdapter):
         return f"transformers {package_version('transformers')}"
 
     def select(self, x: Inputs) -> Tensor:
-        layer = _Layer(x)
+        layer = Layer(x)
         hidden, cache = layer.after_prefix(x)
         positions = layer.positions(x)
         return layer.attention.indexer(hidden, layer.unrotated(hidden), cache, positions)
 
     def attend(self, x: Inputs) -> tuple[Tensor, None]:
-        layer = _Layer(x)
+        layer = Layer(x)
         if x.imposed:
             return layer.attend_to(x), None
         hidden, cache = layer.after_prefix(x)
         return layer.run(hidden, cache, layer.positions(x), x.mask), None
 
     def open_cache(self, rule: Rule) -> Cache:
-        return _Session()
+        return Session()
 
 
-class _Layer:
+class Layer:
     """One attention layer for inputs of this shape, with nothing to learn in it."""
 
     def __init__(self, x: Inputs):
         plain_shape(x)
         require(x.rule.sink_blocks == 0, "sink blocks")
-        self.channels, sparse = Channels(x), x.rule.phase == "sparse"
+        self.channels, self.sparse = Channels(x), x.rule.phase == "sparse"
         h, d = x.q.shape[2:]
         self.config = MiniMaxM3VLTextConfig(
             hidden_size=self.channels.width,
@@ -70,7 +70,7 @@ class _Layer:
             index_block_size=x.rule.block_size,
             index_topk_blocks=x.rule.top_k,
             index_local_blocks=x.rule.local_blocks,
-            layer_types=["minimax_m3_sparse" if sparse else "full_attention"],
+            layer_types=["minimax_m3_sparse" if self.sparse else "full_attention"],
         )
         self.config._attn_implementation = "eager"
         with torch.device("meta"):
@@ -78,7 +78,7 @@ class _Layer:
         for name in ("q", "k", "v"):
             setattr(self.attention, f"{name}_proj", self.channels.take(name))
         owners = [self.attention]
-        if sparse:
+        if self.sparse:
             owners.append(self.attention.indexer)
             self.attention.indexer.q_proj = self.channels.take("q_index")
             self.attention.indexer.k_proj = self.channels.take("k_index")
@@ -113,10 +113,16 @@ class _Layer:
         prefix, hidden = self.channels.hidden(x).split([before, x.q.shape[1]], 1)
         cache = DynamicCache(config=self.config)
         positions = torch.arange(before, device=x.q.device).expand(x.q.shape[0], -1)
+        self.before_prefix(x, before)
         self.run(prefix, cache, positions)
         return hidden, cache
 
-    def run(self, hidden: Tensor, cache, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    def before_prefix(self, x: Inputs, before: int) -> None:
+        """What a layer of another kind needs before it reads `before` tokens."""
+
+    def run(
+        self, hidden: Tensor, cache, positions: Tensor, mask: Tensor | None = None, **more
+    ) -> Tensor:
         """Hidden vectors [b, t, width] -> out [b, t, h, d]; the cache grows."""
         mask = create_causal_mask(
             config=self.config,
@@ -126,7 +132,12 @@ class _Layer:
             **{CACHE: cache},
         )
         out, _ = self.attention(
-            hidden, self.unrotated(hidden), mask, position_ids=positions, **{CACHE: cache}
+            hidden_states=hidden,
+            position_embeddings=self.unrotated(hidden),
+            attention_mask=mask,
+            position_ids=positions,
+            **{CACHE: cache},
+            **more,
         )
         return out.unflatten(-1, self.heads)
 
@@ -141,13 +152,16 @@ class _Layer:
         return m3.eager_attention_forward(self.attention, q, k, v, mask, **how)[0]
 
 
-class _Session(Cache):
+class Session(Cache):
     def __init__(self):
         self.cache = None
 
     @torch.no_grad()
     def append(self, x: Inputs) -> Tensor:
-        layer = _Layer(x)
+        return self.grow(Layer(x), x)
+
+    def grow(self, layer: Layer, x: Inputs) -> Tensor:
+        """Let a layer read the tokens of x behind what is held."""
         if self.cache is None:
             self.cache = DynamicCache(config=layer.config)
         held, new = self.cache.get_seq_length(), x.q.shape[1]
