@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openmsa.ops.triton_owners import Items, KeyRows, Pieces
+from openmsa.ops.reverse_index import KeyRows
+from openmsa.ops.triton_owners import Items, Pieces
 from openmsa.ops.triton_rows import (
     Shape,
     Strides,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmsa import Selection, select_blocks
+from openmsa.ops import reverse_index as reversing
 from openmsa.ops.reverse_index import reverse_index
 from tests.support import borders, index_qk
 
@@ -73,6 +74,19 @@ def test_a_batch_is_indexed_sequence_by_sequence():
 def test_nothing_selected(t):
     index = reverse_index(Selection(torch.full((1, 1, t, 2), -1, dtype=torch.int32), 4), 8)
     assert index.begin.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_groups_one_after_the_other_give_the_same(monkeypatch, at_once):
+    blocks = select_blocks(*index_qk(2, 40, 60, 3, 8), block_size=4, top_k=5).blocks
+    blocks[:, 1, 7:] = -1  # a group whose lists are short
+    whole = reverse_index(Selection(blocks, 4), 60)
+    bytes_of_a_group = reversing.PAIR_BYTES * blocks[0, 0].numel()
+    monkeypatch.setattr(reversing, "WORKSPACE_BYTES", at_once * bytes_of_a_group)
+    cut = reverse_index(Selection(blocks, 4), 60)
+    number = int(whole.begin[-1])
+    assert number < whole.queries.numel() and torch.equal(whole.begin, cut.begin)
+    assert torch.equal(whole.queries[:number], cut.queries[:number])
 
 
 def test_compiles_without_a_break():

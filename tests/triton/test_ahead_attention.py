@@ -15,9 +15,10 @@ if gpus.interpreted():
     pytest.skip("kernels cannot be compiled under the interpreter", allow_module_level=True)
 
 from openmsa.ops.index_loss.triton_loss import owner_loss, tile_loss
+from openmsa.ops.reverse_index import KeyRows
 from openmsa.ops.triton_attend import attend, join
 from openmsa.ops.triton_attend_backward import add_pieces, owner_gradients, tile_gradients
-from openmsa.ops.triton_owners import Items, KeyRows, Pieces
+from openmsa.ops.triton_owners import Items, Pieces
 from openmsa.ops.triton_rows import Reads, Shape, Strides
 from openmsa.ops.triton_tiles import Places, padded, rows_for, unite
 

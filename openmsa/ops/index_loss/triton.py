@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openmsa.ops import triton_launch
 from openmsa.ops.gpu import gpu_of
+from openmsa.selection import Selection
 
 
 def index_loss(
@@ -168,16 +169,17 @@ class _Work:
         """dk_index [b, s, di] before its factor."""
         from openmsa.ops import triton_attend_backward, triton_owners, triton_tiles
         from openmsa.ops.index_loss import triton_loss
+        from openmsa.ops.reverse_index import key_rows, reverse_index
 
         (b, s, g), t, di = self.k.shape[:3], self.q.shape[1], self.q_index.shape[3]
         shape, launch = self.shaped(triton_launch.for_owners)
-        rows = triton_owners.key_rows(s, shape.block, self.cu_seqlens_k, lse.device)
+        rows = key_rows(s, shape.block, self.cu_seqlens_k, lse.device)
         if self.blocks is None:
             items, pieces = triton_owners.whole_items(rows, self.places, b * g), None
         else:
-            items, pieces = triton_owners.chosen_items(
-                self.blocks, shape.block, rows, self.places, 4 * shape.block * di
-            )
+            packed = {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k}
+            index = reverse_index(Selection(self.blocks, shape.block), s, **packed)
+            items, pieces = triton_owners.chosen_items(index, 4 * shape.block * di)
         number = rows.first.shape[0]
         dk = lse.new_empty(b, s, g, di)
         parts = lse.new_empty((0 if pieces is None else pieces.slots) * shape.block * di)

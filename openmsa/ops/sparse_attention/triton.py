@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openmsa.ops import triton_launch
 from openmsa.ops.gpu import gpu_of
+from openmsa.selection import Selection
 
 
 def sparse_attention(
@@ -124,6 +125,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from openmsa.ops import triton_attend_backward as backward
     from openmsa.ops import triton_owners
+    from openmsa.ops.reverse_index import key_rows, reverse_index
 
     if blocks.numel() == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
@@ -133,11 +135,11 @@ def _backward(
     dq, delta = backward.query_gradients(
         dout, out, *inputs, work.members(shape), work.places, shape, scale, launch.options
     )
-    rows = triton_owners.key_rows(k.shape[1], block_size, cu_seqlens_k, q.device)
+    rows = key_rows(k.shape[1], block_size, cu_seqlens_k, q.device)
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    index = reverse_index(Selection(work.blocks, block_size), k.shape[1], **packed)
     slot_bytes = 4 * block_size * (q.shape[3] + v.shape[3])
-    items, pieces = triton_owners.chosen_items(
-        work.blocks, block_size, rows, work.places, slot_bytes
-    )
+    items, pieces = triton_owners.chosen_items(index, slot_bytes)
     shape, launch = work.owners()
     dk, dv = backward.key_gradients(
         dout, *inputs, delta, items, pieces, rows, work.places, shape, scale, launch.options
