@@ -1,7 +1,8 @@
 """Causal attention on a GPU: the kernels of sparse attention with the whole prefix to read.
 
-torch's own fused attention adds dq in any order, so it would not repeat bit for bit, and it lets a
-key that is not finite spoil queries that do not see it; `openmsa bench gpu` times it as a rival.
+The forward pass is torch's own cuDNN or flash kernel where dtype, widths, alignment and chip allow
+(the rule stands in `openmsa.ops.dense_attention.triton_fused`); the backward pass is always ours,
+which repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openmsa.ops import triton_launch
-from openmsa.ops.gpu import gpu_of
+from openmsa.ops.gpu import gpu_of, interpreted
 
 
 def dense_attention(
@@ -37,14 +38,18 @@ def _forward(
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from openmsa.ops import triton_attend, triton_tiles
+    from openmsa.ops.dense_attention import triton_fused
 
     if q.numel() == 0:
         return _empty(q, v)
     (b, t), s = q.shape[:2], k.shape[1]
+    places = triton_tiles.places_of(t, s, cu_seqlens_q, cu_seqlens_k, q.device)
+    where = {"packed": cu_seqlens_q is not None, "gpu": gpu_of(q.device)}
+    if kernel := triton_fused.kernel_for(q, k, v, **where, interpreted=interpreted()):
+        return triton_fused.forward(kernel, q, k, v, places, scale, cu_seqlens_q, cu_seqlens_k)
     shape, launch = _shaped(q, k, v, triton_launch.for_prefixes)
     programs = b * shape.groups * shape.rows.parts * -(-t // shape.rows.tokens)
-    splits = triton_launch.splits_for(programs, -(-s // shape.BN), gpu_of(q.device))
-    places = triton_tiles.places_of(t, s, cu_seqlens_q, cu_seqlens_k, q.device)
+    splits = triton_launch.splits_for(programs, -(-s // shape.BN), where["gpu"])
     return triton_attend.forward(q, k, v, None, places, shape, scale, splits, launch.options)
 
 
@@ -85,6 +90,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from openmsa.ops import triton_attend_backward as backward
     from openmsa.ops import triton_owners, triton_tiles
+    from openmsa.ops.reverse_index import key_rows
 
     if q.numel() == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
@@ -95,7 +101,7 @@ def _backward(
         dout, out, *inputs, None, places, shape, scale, launch.options
     )
     shape, launch = _shaped(q, k, v, triton_launch.for_owners)
-    rows = triton_owners.key_rows(k.shape[1], shape.block, cu_seqlens_k, q.device)
+    rows = key_rows(k.shape[1], shape.block, cu_seqlens_k, q.device)
     items = triton_owners.whole_items(rows, places, q.shape[0] * shape.groups)
     dk, dv = backward.key_gradients(
         dout, *inputs, delta, items, None, rows, places, shape, scale, launch.options
