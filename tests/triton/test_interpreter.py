@@ -21,12 +21,14 @@ PICKED = {
     "tests/ops/test_block_selection.py": "definition or equal_scores or nan_scores or packed",
     "tests/ops/test_sparse_attention.py": "packed or nothing_selected",
     "tests/triton/selection_bodies.py": "",
+    "tests/triton/attention_bodies.py": "rules or popular or (compiles and one-dense)",
 }
 WHOLE = [
     "tests/ops/test_block_selection.py",
     "tests/ops/test_sparse_attention.py",
     "tests/ops/test_dense_attention.py",
     "tests/ops/test_index_loss.py",
+    "tests/triton/attention_bodies.py",
 ]
 
 
