@@ -1,4 +1,4 @@
-"""pooled_selection and mean_pool: the definition to the letter."""
+"""pooled_selection: the definition to the letter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from openmsa.ops.pooled_selection import (
     mean_pool,
     num_windows,
     pooled_selection,
-    window_borders,
 )
 from tests.ops.test_memory import largest_allocation
 from tests.support import borders, seeded
@@ -201,8 +200,6 @@ def test_cut_into_pieces_is_the_same(form, groups, monkeypatch):
     whole = pooled_selection(q, k_pooled, **rule).blocks
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 20_000)
     assert torch.equal(pooled_selection(q, k_pooled, **rule).blocks, whole)
-    k = seeded(2, 90, 2, 8)
-    assert torch.equal(mean_pool(k, kernel=8, stride=4)[0], k.unfold(1, 8, 4).mean(-1))
 
 
 @pytest.mark.parametrize("form", ["moba", "nsa", "infllm2"])
@@ -225,40 +222,6 @@ def test_device_names_run_here_what_their_devices_run():
         pooled_selection(q, k_pooled, **rule, backend="cudnn")
     on_meta = pooled_selection(q.to("meta"), k_pooled.to("meta"), **rule, per_head=True)
     assert on_meta.blocks.shape == (1, 4, 30, 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kernel", "stride"), [(4, 2), (5, 3), (3, 3), (50, 1)])
-def test_mean_pool_is_the_mean_of_every_whole_window(kernel, stride, dtype):
-    k = seeded(2, 41, 3, 5, dtype=dtype)
-    pooled, cu_pooled = mean_pool(k, kernel=kernel, stride=stride)
-    first = range(0, 41 - kernel + 1, stride)
-    truth = [k[:, i : i + kernel].double().mean(1) for i in first]
-    truth = torch.stack(truth, 1) if truth else k.new_zeros(2, 0, 3, 5).double()
-    assert cu_pooled is None
-    assert pooled.dtype == dtype
-    torch.testing.assert_close(pooled, truth.to(dtype))
-
-
-def test_mean_pool_of_packed_sequences():
-    lengths = (9, 2, 0, 16, 4)
-    k = seeded(1, sum(lengths), 2, 3)
-    k[0, 9:11] = math.nan  # a sequence without a whole window
-    pooled, cu_pooled = mean_pool(k, kernel=4, stride=2, cu_seqlens_k=borders(*lengths))
-    assert cu_pooled.tolist() == [0, 3, 3, 3, 10, 11]
-    assert torch.equal(cu_pooled, window_borders(borders(*lengths), 4, 2))
-    alone = [mean_pool(x, kernel=4, stride=2)[0] for x in k.split(lengths, 1)]
-    assert pooled.shape[1] == sum(lengths) // 2
-    torch.testing.assert_close(pooled[:, :11], torch.cat(alone, 1))
-    assert (pooled[:, 11:] == 0).all()
-
-
-def test_mean_pool_carries_gradient():
-    k = seeded(1, 11, 2, 3, dtype=torch.float64, grad=True)
-    for where in ({}, {"cu_seqlens_k": borders(6, 5)}):
-        assert torch.autograd.gradcheck(
-            lambda x, w=where: mean_pool(x, kernel=4, stride=3, **w)[0], k
-        )
 
 
 @pytest.mark.parametrize(

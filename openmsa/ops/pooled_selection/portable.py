@@ -112,15 +112,15 @@ def _one_problem(q, k_pooled, s, rule, blocks):
     r = h // g
     lists = r if rule.per_head else 1
     # Scores and their sum over heads, those padded and pooled; per block its score and its rank.
-    of_scores = 4 * (r + 3 * lists) * (n + rule.step + rule.before)
-    row_bytes = of_scores + 40 * lists * -(-s // rule.block_size) + 8 * r * d
-    if q.dtype == torch.float64:
-        row_bytes *= 2
-    at_once = rows_at_once(row_bytes, q.device, wanted=-(-256 // r))
+    of_scores = (r + 3 * lists) * (n + rule.step + rule.before)
+    per_query = of_scores + 10 * lists * -(-s // rule.block_size) + 2 * r * d
+    size = 8 if q.dtype == torch.float64 else 4
+    at_once = rows_at_once(size * per_query, q.device, wanted=-(-256 // r))
     # A quarter of the queries at most: early queries then skip most of the windows.
     tokens = min(at_once, max(64, -(-t // 4)), t)
-    groups = max(1, min(g, at_once // tokens))
-    batches = max(1, min(b, at_once // (tokens * groups)))
+    pairs = rows_at_once(size * (tokens * per_query + n * d), q.device)
+    groups = min(g, pairs)
+    batches = max(1, min(b, pairs // groups))
     for b0 in range(0, b, batches):
         for g0 in range(0, g, groups):
             some, own = slice(b0, b0 + batches), slice(g0, min(g, g0 + groups))
