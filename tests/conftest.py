@@ -15,7 +15,7 @@ from openmsa.ops import gpu
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend of a parameter such as "portable" or "cpu-avx2"; the latter runs that instruction
-    set."""
+    set. With a GPU, "triton" has the whole test make its tensors there."""
     name, _, instructions = request.param.partition("-")
     usable = native.instruction_sets()
     if name == "cpu" and (instructions or "portable") not in usable:
@@ -23,7 +23,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{request.param} cannot run here ({here})")
     if name == "triton":
         _only_what_triton_runs_here(request)
-    with native.instruction_set(instructions) if instructions else nullcontext():
+    on_gpu = name == "triton" and not gpu.interpreted()
+    with (
+        native.instruction_set(instructions) if instructions else nullcontext(),
+        torch.device("cuda") if on_gpu else nullcontext(),
+    ):
         yield name
 
 

@@ -34,9 +34,13 @@ def gradcheck(run, inputs) -> bool:
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False):
-    """A normal tensor that depends on its seed only; rounded to `dtype`."""
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(dtype).requires_grad_(grad)
+    """A normal tensor that depends on its seed only, not on the device; rounded to `dtype`.
+
+    It lies where new tensors do: on the GPU in a test whose backend runs there (tests/conftest.py).
+    """
+    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    x = torch.randn(*shape, **drawn, dtype=torch.float64)
+    return x.to(torch.get_default_device(), dtype).requires_grad_(grad)
 
 
 def qkv(b, t, s, h, g, d, dv=None, *, seed=0, dtype=torch.float32, grad=False):

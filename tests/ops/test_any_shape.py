@@ -70,8 +70,8 @@ def test_any_block_numbers_are_read_alike(backend, seed, per):
     """Selections that no selector would make: unsorted, repeated, negative, beyond the end."""
     q, k, v = qkv(2, 9, 23, 4, 2, 3, seed=seed, dtype=widest(backend), grad=True)
     groups = {"all": 1, "group": 2, "head": 4}[per]
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(-2, 9, (2, groups, 9, 5), generator=generator, dtype=torch.int32)
+    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    blocks = torch.randint(-2, 9, (2, groups, 9, 5), **drawn, dtype=torch.int32).to(q.device)
     dout = seeded(2, 9, 4, 3, seed=seed, dtype=q.dtype)
     results = []
     for name in (backend, "reference"):

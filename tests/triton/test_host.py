@@ -31,6 +31,7 @@ from openmsa.ops.index_loss import triton_loss
 from openmsa.ops.reverse_index import reverse_index
 from openmsa.ops.sparse_attention import triton as sparse
 from openmsa.selection import Selection
+from tests.support import borders, qkv, seeded
 
 OPS = Path(gpus.__file__).parent
 B, T, S, H, G, D, BLOCK, K = 1, 300, 700, 32, 2, 64, 64, 4
@@ -208,3 +209,10 @@ def test_who_sees_a_spoilt_key_is_told():
             visible = spoilt[:, k0 : k0 + s - t + i + 1]
             assert torch.equal(seen[:, q0 + i], visible.any(1))
     assert seen.any() and not seen.all()
+
+
+def test_what_tests_are_made_of_follows_the_device():
+    """With a GPU the `backend` fixture names it, and the bodies of tests/ops run there."""
+    with torch.device("meta"):
+        assert {x.device.type for x in (*qkv(1, 2, 3, 2, 1, 4), borders(2, 3))} == {"meta"}
+    assert torch.equal(seeded(3), seeded(3)) and seeded(3).device.type == "cpu"
