@@ -88,16 +88,17 @@ def compare(
         "instruction_set": instruction_set,
         "threads": torch.get_num_threads(),
     }
-    theirs, ours = (_in_a_process({**job, "side": side}) for side in SIDES)
+    theirs, ours = (in_a_process({**job, "side": side}) for side in SIDES)
     verdict = judge.Verdict(ours["ok"], ours["words"]).also(_same(theirs, ours))
     sides = (Side(Times(tuple(x["seconds"])), x["peak_bytes"]) for x in (theirs, ours))
     return Comparison(*sides, groups, verdict)
 
 
-def _in_a_process(job: dict) -> dict:
+def in_a_process(job: dict, module: str = "openmsa.accounting.m3") -> dict:
+    """What `run_side` of `module` leaves, run on `job` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told"
-        command = [sys.executable, "-m", "openmsa.accounting.m3"]
+        command = [sys.executable, "-m", module]
         command.append(json.dumps({**job, "told": str(told)}))
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -133,7 +134,7 @@ def run_side(job: dict) -> None:
         result.update(call(module, hidden, x, job))
 
     with torch.no_grad(), _instruction_set(job):
-        _forget_peak()
+        forget_peak()
         before = machine.resident_bytes()
         times = timed(once, seconds=job["seconds"])
         peak = machine.peak_bytes() - before
@@ -212,7 +213,7 @@ def _instruction_set(job: dict):
     return native.instruction_set(job["instruction_set"])
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak count from now on, where Linux allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

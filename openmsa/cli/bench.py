@@ -28,7 +28,7 @@ DESCRIPTION = (
     "flash, FlexAttention and what else is installed beside it."
 )
 EXAMPLE = "openmsa bench cpu --suite table --out runs/bench"
-SUITES = ("table", "sweep", "workloads")
+SUITES = ("table", "sweep", "workloads", "m3")
 BACKENDS = ("portable", "cpu")
 TABLE_COLUMNS = ("what", "data", "ours", "against", "ratio", "at least", "met", "right")
 
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=(*SUITES, "all"),
         help="table: what was promised; sweep: time against context; workloads: shapes that real "
-        "systems have seen, about ten minutes more; left out: table and sweep",
+        "systems have seen, about ten minutes more; m3: a MiniMax-M3 layer beside transformers' "
+        "own, 2K to 128K tokens, about half an hour more; left out: table and sweep",
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, only to see it run")
     parser.add_argument(
@@ -103,6 +104,16 @@ class _Bench:
         from openmsa.cli.bench_workloads import measured
 
         return self._suite("workloads", measured(self.run))
+
+    def m3(self) -> bool:
+        """A MiniMax-M3 of one layer beside transformers' paths; True if the results agreed."""
+        from openmsa.accounting import m3
+        from openmsa.cli.bench_m3 import measured
+
+        if m3.missing():
+            say(f"m3 suite left out: {m3.missing()}")
+            return True
+        return self._suite("m3", measured(self.run))
 
     def sweep(self) -> bool:
         """Time against context, with the crossovers in words and a plot."""
