@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from openmsa.ops.block_selection import triton as door
 from tests.support import borders, index_qk
 
 pytestmark = pytest.mark.skipif(gpus.unavailable() is not None, reason=str(gpus.unavailable()))
+
+
+def interpreted_by_an_old_triton() -> bool:
+    if gpus.unavailable() is not None or not gpus.interpreted():
+        return False
+    return tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 9)
 
 
 def both(q_index, k_index, **rule):
@@ -57,11 +64,13 @@ def test_triton_reads_keys_of_any_stride():
     assert torch.equal(ours, truth)
 
 
-@pytest.mark.skipif(gpus.interpreted(), reason="the interpreter has no fp8 products")
-def test_triton_reads_fp8():
-    q_index, k_index = (x.to(torch.float8_e4m3fn) for x in index_qk(1, 130, 700, 4, 128))
-    ours, truth = both(q_index, k_index, block_size=64, top_k=4)
-    assert (ours != truth).float().mean() < 0.01  # fp8 products are summed in fewer digits
+@pytest.mark.skipif(interpreted_by_an_old_triton(), reason="its interpreter misreads fp8 products")
+@pytest.mark.parametrize("t", [1, 70])
+def test_triton_reads_fp8(t):
+    """Products of e4m3 are exact in fp32; a chip may sum them in fewer digits."""
+    q_index, k_index = (x.to(torch.float8_e4m3fn) for x in index_qk(1, t, 300, 4, 32))
+    ours, truth = both(q_index, k_index, block_size=16, top_k=4)
+    assert (ours != truth).float().mean() <= (0 if gpus.interpreted() else 0.01)
 
 
 def test_triton_compiles_without_a_break():
