@@ -9,7 +9,16 @@ import torch
 
 from openmsa import dense_attention
 from openmsa.mechanisms.infllm2 import InfLLM2Config, infllm2_attention, select
-from tests.support import borders, every_backend, qkv, widest
+from tests.support import (
+    assert_as_good_as_eager,
+    borders,
+    eager_attention,
+    every_backend,
+    judged_backend,
+    qkv,
+    readable,
+    widest,
+)
 
 RULE = {"kernel": 4, "stride": 2, "block_size": 8, "top_k": 4, "local_blocks": 2, "sink_blocks": 1}
 CONFIG = InfLLM2Config(**RULE, dense_below=0)
@@ -72,6 +81,23 @@ def test_is_the_paper_with_its_own_numbers(backend):
     rule |= {"local_blocks": 2, "sink_blocks": 1}
     inputs = qkv(1, 7, 907, 4, 1, 16, dtype=widest(backend), grad=True)
     close_with_gradients(inputs, InfLLM2Config(**rule, dense_below=0), rule, backend)
+
+
+@judged_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_as_good_as_eager(backend, dtype):
+    q, k, v = qkv(1, 200, 200, 4, 2, 16, dtype=dtype, grad=True)
+    config = InfLLM2Config(8, 4, 16, top_k=5, local_blocks=2, dense_below=200)
+    made = infllm2_attention(q, k, v, config, backend=backend)
+    read = readable(200, 200, made.selection.blocks, 16)
+    results = []
+    for kind in (dtype, torch.float64):
+        inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        out = eager_attention(*inputs, read, 0.25)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    ours = (made.out, *torch.autograd.grad(made.out.sum(), (q, k, v)))
+    for x, eager, truth, name in zip(ours, *results, ("out", "dq", "dk", "dv"), strict=True):
+        assert_as_good_as_eager(x, eager, truth, name)
 
 
 @every_backend
