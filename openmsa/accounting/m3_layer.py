@@ -66,6 +66,12 @@ def bytes_of_theirs(part: str, shape: Shape, tokens: int) -> int:
     return whole if part == "forward" else 3 * whole
 
 
+def bytes_of_ours(part: str, shape: Shape, tokens: int) -> int:
+    """What the enabled layer holds at the most, about: transformers' norms of its queries in fp32."""
+    per_query = {"forward": 18, "training": 36, "decode": 0}[part]
+    return tokens * (per_query * shape.h * shape.d + 8 * shape.g * (shape.d + shape.d_index))
+
+
 def on_groups(shape: Shape, groups: int) -> Shape:
     """The same layer with fewer KV heads and their query heads."""
     return replace(shape, h=groups * shape.r, g=groups)

@@ -16,6 +16,7 @@ from openmsa.accounting import m3, m3_layer, machine
 from openmsa.accounting.inputs import Shape
 from openmsa.accounting.m3_layer import Found
 from openmsa.cli.bench_plan import Row, Run, tokens_text
+from openmsa.cli.console import say
 
 HEADS = ((8, 4), (64, 4))
 LONGEST, HIDDEN = 1 << 17, 512
@@ -49,6 +50,9 @@ def _lengths(run: Run) -> list[int]:
 def _point(run: Run, shape: Shape, part: str, tokens: int) -> Iterator[Row]:
     """All heads beside each of transformers' paths if they fit, else as many groups as do."""
     free = machine.available_bytes() or 8 << 30
+    if (own := m3_layer.bytes_of_ours(part, shape, tokens)) > free:
+        say(f"{_name(part, tokens, shape)} left out: it needs about {own / 1e9:.0f} GB")
+        return
     groups = [n for n in range(1, shape.g + 1) if shape.g % n == 0]
     need = {n: m3_layer.bytes_of_theirs(part, m3_layer.on_groups(shape, n), tokens) for n in groups}
     fitting = max((n for n in groups if need[n] < free), default=0)
@@ -84,7 +88,7 @@ def _rows(
     theirs: Found | None = None,
 ) -> Iterator[Row]:
     """Time and memory of one part, beside theirs if there is one."""
-    name = f"M3 layer, {part}, {tokens_text(tokens)}, {shape.h}/{shape.g} heads"
+    name = _name(part, tokens, shape)
     words = shape.words(1 if part == "decode" else tokens, tokens, torch.bfloat16)
     verdict = None if theirs is None else m3_layer.same(ours, theirs)
     rival = "" if theirs is None else f"transformers, MiniMax-M3 with {side}"
@@ -101,6 +105,10 @@ def _rows(
         ratio = None if other is None else other / max(1e-6, mine[1])
         more |= {"rival_value": other, "ratio": ratio, "repeats": n}
         yield Row(name + end, words, metric, unit, mine, **more)
+
+
+def _name(part: str, tokens: int, shape: Shape) -> str:
+    return f"M3 layer, {part}, {tokens_text(tokens)}, {shape.h}/{shape.g} heads"
 
 
 def _whole_width(run: Run) -> Row:

@@ -66,3 +66,15 @@ def test_fewer_groups_are_compared_where_theirs_do_not_fit(
     beside = [row for row in rows if row["rival"]]
     assert len(beside) == (12 if groups else 0)
     assert all(("both on 1 of 2 groups" in row["note"]) == (groups == 1) for row in beside)
+
+
+def test_what_does_not_fit_is_left_out_and_said(tmp_path, measured, monkeypatch, capsys):
+    pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
+    monkeypatch.setattr(m3_layer, "bytes_of_ours", lambda part, *_: (part == "training") << 60)
+    assert main([*COMMAND, str(tmp_path)]) == 0
+    assert {row["metric"] for row in read(tmp_path / "cpu_m3.csv")} == {
+        "prompt",
+        "one token",
+        "peak above model and inputs",
+    }
+    assert "training, 64, 8/2 heads left out: it needs about" in capsys.readouterr().err
