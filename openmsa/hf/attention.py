@@ -249,6 +249,7 @@ class _Call:
     def _in_context(self, tensors: Tensors, context: Context) -> Tensor:
         """Queries of this process against the keys of all; its loss is the mean over its own."""
         module, record, names = self.module, self.record, set(tensors.queries)
+        module.msa_room.check_context()
         if record is not None:
             record.check()
 

@@ -126,6 +126,10 @@ class Room:
         """The one call of the mechanism. how: phase, scale, cu_seqlens_q and cu_seqlens_k."""
         raise TypeError(f"{type(self).__name__} does not say how it attends")
 
+    def check_context(self) -> None:
+        """Raises ValueError where a process that holds a part of a sequence could not do as one
+        that holds it all."""
+
     def index_scale(self, attention: nn.Module) -> float | None:
         """What the index's scores are multiplied by; None without an index."""
         return None

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    StaticCache,
+)
 
 from openmsa import hf
 from tests.hf.mechanisms import (
@@ -225,3 +231,33 @@ def test_numbers_that_do_not_fit_are_refused():
         hf.OpenMSAConfig.from_dict(
             {"base_model_type": "qwen3", "openmsa": {"mechanism": "mobius"}, "vocab_size": 8}
         )
+
+
+def test_caches_that_forget_keys_are_refused():
+    model, ids = converted("moba"), tiny_tokens(1, 20)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match=r"keeps all keys in their order, which StaticCache with"):
+        logits(model, ids, **{CACHE: static})
+    cache = DynamicCache()
+    logits(converted("msa"), ids, **{CACHE: cache})
+    with pytest.raises(ValueError, match="20 tokens and index keys that would be lost for layer 0"):
+        logits(model, ids, **{CACHE: cache})
+
+
+def test_a_switch_by_length_needs_the_whole_sequence():
+    with pytest.raises(ValueError, match="dense_below=1000 goes by the length of a whole sequence"):
+        hf.room_of(converted("infllm2", config=EVERYTHING["infllm2"])).check_context()
+    hf.room_of(converted("infllm2")).check_context()
+
+
+def test_what_is_added_is_offloaded_and_pickled_like_the_rest(tmp_path):
+    """NSA's weights of windows are parameters of the attention module itself."""
+    model, ids = converted("nsa"), tiny_tokens(1, 40)
+    model.save_pretrained(tmp_path / "sparse")
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
+    places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk", "model.layers.2": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sparse", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    for other in (loaded, pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, ids), logits(model, ids))

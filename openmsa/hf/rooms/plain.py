@@ -57,6 +57,14 @@ class InfLLM2Room(PlainRoom):
     NAME, CONFIG, PHASES = "infllm2", infllm2.InfLLM2Config, infllm2.PHASES
     ATTENTION = staticmethod(infllm2.infllm2_attention)
 
+    def check_context(self) -> None:
+        """Raises ValueError: a part of a sequence is shorter than the sequence."""
+        if self.config.dense_below:
+            raise ValueError(
+                f"dense_below={self.config.dense_below} goes by the length of a whole sequence, "
+                "which a shared context does not show; convert with dense_below=0"
+            )
+
     @property
     def budget(self) -> Budget:
         config = self.config
