@@ -44,7 +44,8 @@ def split_context(batch: Mapping, *, group: dist.ProcessGroup | None = None) -> 
     position_ids, cu_seq_lens_q; the same in every process of `group` (None: all). The result holds
     input_ids, position_ids and labels [1, held], the `context`, and the numbers of labels and
     tokens of the whole batch, by which the losses are divided. A label that padding would predict
-    is left out.
+    is left out. Where micro-batches are accumulated, give num_items_in_batch and
+    index_rows_in_batch the numbers of all of them.
     Raises ValueError for other entries, and as slice_context and find_layout do.
     """
     if unknown := sorted(set(batch) - TAKES):
