@@ -79,7 +79,7 @@ def select(
     """q [b, t, h, d], k [b, s, g, d] -> blocks [b, g, t, k], whatever the sequences' lengths."""
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     kernels = {"kernel": config.kernel, "stride": config.stride}
-    k_pooled, _ = mean_pool(k.detach(), **kernels, cu_seqlens_k=cu_seqlens_k)
+    k_pooled, _ = mean_pool(k, **kernels, cu_seqlens_k=cu_seqlens_k)
     return pooled_selection(
         q,
         k_pooled,

@@ -60,7 +60,7 @@ def select(
     """q [b, t, h, d], k [b, s, g, d] -> blocks [b, h, t, k]."""
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     block = {"kernel": config.block_size, "stride": config.block_size}
-    k_pooled, _ = mean_pool(k.detach(), **block, cu_seqlens_k=cu_seqlens_k)
+    k_pooled, _ = mean_pool(k, **block, cu_seqlens_k=cu_seqlens_k)
     return pooled_selection(
         q,
         k_pooled,
@@ -135,7 +135,8 @@ def moba_attention(
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-    where = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
+    borders = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+    where = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), borders, strict=True), backend=backend)
     selection = select(config, q, k, **where) if phase == "sparse" else None
     out, lse = attend(q, k, v, selection, scale=scale, **where)
     return MoBAOutput(out, None, selection, lse)

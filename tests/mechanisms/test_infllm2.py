@@ -206,3 +206,11 @@ def test_config_refuses(fields, message):
 def test_there_is_no_warmup():
     with pytest.raises(ValueError, match="phase must be one of dense, sparse, got 'warmup'"):
         infllm2_attention(*qkv(1, 4, 4, 2, 1, 4), CONFIG, phase="warmup")
+
+
+def test_refuses_borders_of_something_else():
+    q, k, v = qkv(1, 9, 9, 2, 1, 4)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0 and end at the 9 tokens"):
+        infllm2_attention(q, k, v, CONFIG, cu_seqlens_q=borders(4, 4))
+    with pytest.raises(ValueError, match="v must be .b, s, g, d_value.: s is 9 in k but 8 in v"):
+        infllm2_attention(q, k, v[:, :8], CONFIG)

@@ -190,3 +190,11 @@ def test_choice_ignores_scale_and_lse_is_the_natural_log():
         select(CONFIG, q, k, backend="portable").blocks,
         moba_attention(q, k, v, CONFIG, scale=-1.0, backend="portable").selection.blocks,
     )
+
+
+def test_refuses_borders_of_something_else():
+    q, k, v = qkv(1, 9, 9, 2, 1, 4)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0 and end at the 9 tokens"):
+        moba_attention(q, k, v, CONFIG, cu_seqlens_q=borders(4, 4))
+    with pytest.raises(ValueError, match="v must be .b, s, g, d_value.: s is 9 in k but 8 in v"):
+        moba_attention(q, k, v[:, :8], CONFIG)
