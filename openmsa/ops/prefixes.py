@@ -16,6 +16,8 @@ from torch import Tensor
 
 from openmsa.ops.workspace import accumulate_dtype, rows_at_once
 
+_ROWS = 128  # of a sum in fp32
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -110,6 +112,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for i in range(a.shape[0]):
         torch.mm(a[i], b[i], out=out[i])
+    return out
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a [heads, n, m], b [heads, n, l] -> a.mT @ b, [heads, m, l], where n counts heads and tokens.
+
+    fp32 is summed in parts: one sum over all heads of a group would round worse than one by head.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float32:
+        return product(a.mT, b)
+    out = a.new_zeros(a.shape[0], a.shape[2], b.shape[2])
+    for i in range(a.shape[0]):
+        for rows, others in zip(a[i].split(_ROWS), b[i].split(_ROWS), strict=True):
+            out[i] += rows.mT @ others  # addmm would go on with the same sum
     return out
 
 

@@ -122,11 +122,11 @@ def _backward(
             keys, values = (prefixes.keys_of(x, piece, factor) for x in (clean_k, clean_v))
             p = prefixes.scores(queries, keys, piece, scale, poison).flatten(1, 2).softmax(-1)
             here = piece.batch, piece.keys, piece.heads
-            dv[here].add_(prefixes.product(p.to(factor).mT, douts).transpose(0, 1))
+            dv[here].add_(prefixes.product_over_rows(p.to(factor), douts).transpose(0, 1))
             # sum P dP equals dout . out, but that form rounds differently from dP.
-            dx = prefixes.product(douts, values.mT).to(sums).mul_(p)
-            dx = dx.sub_(p.mul_(dx.sum(-1, keepdim=True))).mul_(scale).to(factor)
-            dk[here].add_(prefixes.product(dx.mT, queries).transpose(0, 1))
+            dp = prefixes.product(douts, values.mT).to(sums)
+            dx = torch.ops.aten._softmax_backward_data(dp, p, -1, sums).mul_(scale).to(factor)
+            dk[here].add_(prefixes.product_over_rows(dx, queries).transpose(0, 1))
             prefixes.put_queries(dq, piece, g, prefixes.product(dx, keys))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 

@@ -92,8 +92,9 @@ def _bands(q, k, window, sinks, cu_seqlens_q, cu_seqlens_k) -> Iterator[_Band]:
     for batch, q0, q1, k0, k1 in prefixes.sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         t, s = q1 - q0, k1 - k0
         reach = min(s, window + sinks)
-        # Few queries waste little at the corners, many make efficient products.
-        tokens = max(64, reach // 4)
+        # Few queries waste little at the corners; many make efficient products, and fewer of them,
+        # which is what counts on a GPU.
+        tokens = max(64, reach // 4) if q.device.type == "cpu" else max(256, reach)
         at_once = rows_at_once(_BYTES_PER_SCORE * r * (reach + tokens), q.device, wanted=tokens)
         tokens = max(1, min(tokens, at_once, t))
         heads = max(1, min(g, at_once // tokens))
@@ -131,11 +132,11 @@ def _forward(
             queries = prefixes.queries_of(q, band.piece, g, factor)
             keys, values = (band.keys_of(x, factor) for x in (k, v))
             x = _scores(queries, keys, band, window, sinks, scale, poison)
-            top = x.amax(-1, keepdim=True)
-            total = x.sub_(top).exp_().sum(-1, keepdim=True)
-            part = prefixes.product(x.to(factor), values).to(x.dtype).div_(total)
-            prefixes.put_queries(out, band.piece, g, part)
-            prefixes.put_queries(lse[..., None], band.piece, g, top + total.log())
+            top, p = x.amax(-1, keepdim=True), x.softmax(-1)
+            prefixes.put_queries(out, band.piece, g, prefixes.product(p.to(factor), values))
+            # The largest weight is exp(top) / sum exp X.
+            total = top - p.amax(-1, keepdim=True).log()
+            prefixes.put_queries(lse[..., None], band.piece, g, total)
     return out, lse
 
 
@@ -145,10 +146,12 @@ def _scores(queries, keys, band: _Band, window, sinks, scale, poison):
     -inf where a key is not read, NaN where a key that is read is poisoned.
     """
     x = prefixes.product(queries, keys.mT).to(accumulate_dtype(queries)).mul_(scale)
+    seen = x.new_zeros(1, 1, 1, 1)
     if poison is not None:
-        x.add_(band.keys_of(poison[..., None], x.dtype).mT)
-    read = band.reads(window, sinks, x.device)
-    return x.unflatten(1, (-1, read.shape[0])).masked_fill_(~read, -math.inf).flatten(1, 2)
+        seen = band.keys_of(poison[..., None], x.dtype).mT[:, None]
+    bias = torch.where(band.reads(window, sinks, x.device), seen, -math.inf)
+    x.unflatten(1, (-1, bias.shape[2])).add_(bias)
+    return x
 
 
 @_forward.register_fake
@@ -182,11 +185,11 @@ def _backward(
             queries, douts = (prefixes.queries_of(x, band.piece, g, factor) for x in (q, dout))
             keys, values = (band.keys_of(x, factor) for x in (clean_k, clean_v))
             p = _scores(queries, keys, band, window, sinks, scale, poison).softmax(-1)
-            band.add_to_keys(dv, prefixes.product(p.to(factor).mT, douts))
+            band.add_to_keys(dv, prefixes.product_over_rows(p.to(factor), douts))
             # sum P dP equals dout . out, but that form rounds differently from dP.
-            dx = prefixes.product(douts, values.mT).to(sums).mul_(p)
-            dx = dx.sub_(p.mul_(dx.sum(-1, keepdim=True))).mul_(scale).to(factor)
-            band.add_to_keys(dk, prefixes.product(dx.mT, queries))
+            dp = prefixes.product(douts, values.mT).to(sums)
+            dx = torch.ops.aten._softmax_backward_data(dp, p, -1, sums).mul_(scale).to(factor)
+            band.add_to_keys(dk, prefixes.product_over_rows(dx, queries))
             prefixes.put_queries(dq, band.piece, g, prefixes.product(dx, keys))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
