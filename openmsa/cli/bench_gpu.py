@@ -162,6 +162,7 @@ class _Bench:
         left = max(1, round((self.seconds - (time.monotonic() - self.began)) / 60))
         command = ["bench", "gpu", "--out", str(self.out), "--minutes", str(left)]
         command += ["--resume", f"{self.stamp}@{number}"]
+        command += ["--quick"] if self.arguments.quick else []
         if self.arguments.parts:
             command += ["--parts", ",".join(self.arguments.parts)]
         os.execv(sys.executable, [sys.executable, "-m", "openmsa", *command])

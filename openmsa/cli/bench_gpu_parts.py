@@ -149,6 +149,7 @@ def _attend(run: GpuRun, data: str) -> Iterator[GpuRow]:
     if data == DATA[0]:
         for row, kind in dense_rivals(run, x, dense):
             yield replace(row, context=s, note=f"{row.note}; {kind}".strip("; "))
+    note = _union(x, selection)
     calls = {"forward": (lambda: run.attend(x, selection), flops, 40)}
     for kind in ("forward", "backward"):
         if kind == "backward":
@@ -164,8 +165,23 @@ def _attend(run: GpuRun, data: str) -> Iterator[GpuRow]:
             rival=dense.get(kind),
             data=data,
             context=s,
+            note=note,
             peak_bytes=gpu.peak_bytes(call),
         )
+
+
+def _union(x: Inputs, selection: Selection) -> str:
+    """How many blocks a tile of neighbouring queries reads: what docs/triton.md estimates from."""
+    from openmsa.ops import triton_launch, triton_tiles
+    from openmsa.ops.gpu import gpu_of
+
+    (t, h, d), (s, g) = x.q.shape[1:], x.k.shape[1:3]
+    width = 2 * triton_tiles.padded(d)
+    launch = triton_launch.for_tiles(width, x.q.element_size(), gpu_of(x.q.device))
+    tokens = triton_tiles.rows_for(t, h // g, launch.rows).tokens
+    places = triton_tiles.places_of(t, s, None, None, x.q.device)
+    members = triton_tiles.members_of(selection.blocks, selection.block_size, places, tokens)
+    return f"{float(members.count.float().mean()):.1f} blocks are read by {tokens} tokens together"
 
 
 FACTORS = {"forward": 1, "backward": 2.5}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openmsa.cli.bench_gpu_sweeps import DECODE, DENSE, MSA, PREFILL
+from openmsa.cli.bench_plan import tokens_text
 
 TITLES = {
     PREFILL: "Prefill, all of it (ms)",
@@ -25,7 +26,6 @@ def draw(rows: Sequence[dict[str, str]], target: Path) -> tuple[Path, Path] | No
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     from openmsa.evaluation import canvas
-    from openmsa.evaluation.figures import tokens_text
 
     with canvas.style():
         figure, axes = canvas.panels(1, 2, height_inches=3.4)
@@ -37,8 +37,8 @@ def draw(rows: Sequence[dict[str, str]], target: Path) -> tuple[Path, Path] | No
                     ends.append((*points[-1], _named(line, metric, lines, rows), colour))
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
-            ax.yaxis.set_major_locator(LogLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(round(value))))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_minor_locator(NullLocator())

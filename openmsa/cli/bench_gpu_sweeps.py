@@ -31,7 +31,7 @@ def prefills(run: GpuRun) -> Iterator[Step]:
     plan = run.plan
     for s in plan.prefill:
         seconds = 8 + 12 * s / (1 << 20)
-        need = bytes_of(plan, s, s, copies=3)
+        need = bytes_of(plan, s, s, copies=1.5)
         yield Step(PREFILL, f"{PREFILL}, {tokens_text(s)}", seconds, need, partial(_prefill, s=s))
 
 
