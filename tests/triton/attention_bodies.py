@@ -90,6 +90,25 @@ def test_triton_repeats_where_a_popular_block_is_cut():
         torch.testing.assert_close(ours, definition)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("together", [False, True], ids=["one", "packed"])
+def test_triton_is_captured_in_a_cuda_graph(name, together):
+    """A graph that is replayed on new numbers gives what a call on them gives."""
+    run, inputs, _ = operation(name, together)
+    inputs = [x.detach() for x in inputs]
+    with torch.no_grad():
+        run(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(*inputs)
+        for x in inputs:
+            if x.is_floating_point():
+                x.mul_(0.5)
+        graph.replay()
+        assert torch.equal(captured, run(*inputs))
+
+
 @pytest.mark.parametrize("name", ["sparse", "dense"])
 def test_triton_operations_keep_torchs_rules(name):
     """Schema, fake implementation and autograd registration agree with what runs."""

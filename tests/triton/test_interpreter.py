@@ -1,7 +1,7 @@
 """The bodies of the operation tests on the triton backend, with no GPU: in Triton's interpreter.
 
 The interpreter must be asked for before Triton is loaded, hence a process of its own. What is
-picked here takes seconds; the slow test runs every body of a file.
+picked here takes seconds; the slow test runs every body of a file. With a GPU they run there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -36,7 +37,9 @@ def run(file: str, names: str) -> None:
     """The tests of a file on triton whose names fit; some must have run."""
     chosen = f"triton and ({names})" if names else "triton"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", chosen]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout[-2000:]
