@@ -76,22 +76,12 @@ def slice_context(
     Raises ValueError without a process group, for borders that do not ascend from 0, and for fewer
     than two tokens for each process.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            "context parallelism needs a process group: start the program by torchrun and call "
-            "torch.distributed.init_process_group() first"
-        )
+    _check_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else torch.device("cpu")
     borders = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if len(borders) < 2 or borders[0] != 0 or sorted(borders) != borders:
-        raise ValueError(f"cu_seqlens must ascend from 0 to the tokens of the row, got {borders}")
+    _check_row(borders, size)
     total = borders[-1]
-    if total < 2 * size:
-        raise ValueError(
-            f"a row of {total} tokens is too short for {size} processes, which hold two chunks "
-            f"each; give it at least {2 * size} tokens, or use fewer processes"
-        )
     length = -(-total // (2 * size))
     starts = [number * length for number in (rank, 2 * size - 1 - rank)]
     chunks = [
@@ -108,6 +98,24 @@ def slice_context(
         size=size,
         group=group,
     )
+
+
+def _check_group() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "context parallelism needs a process group: start the program by torchrun and call "
+            "torch.distributed.init_process_group() first"
+        )
+
+
+def _check_row(borders: list[int], size: int) -> None:
+    if len(borders) < 2 or borders[0] != 0 or sorted(borders) != borders:
+        raise ValueError(f"cu_seqlens must ascend from 0 to the tokens of the row, got {borders}")
+    if borders[-1] < 2 * size:
+        raise ValueError(
+            f"a row of {borders[-1]} tokens is too short for {size} processes, which hold two "
+            f"chunks each; give it at least {2 * size} tokens, or use fewer processes"
+        )
 
 
 def _chunk(borders: list[int], start: int, stop: int, held: int, device: torch.device) -> Chunk:
