@@ -149,11 +149,16 @@ class Tiny(TorchAdapter):
 
     def kl(self, one: Inputs) -> Tensor:
         read = self.support(one)
-        teacher = self.teacher(one, read).detach()
+        teacher = self.stopped(self.teacher(one, read))
         student = torch.einsum("btgi,bsi->bgts", one.q_index, one.k_index)
         student = (student * self.student_scale(one)).masked_fill(~read, -math.inf)
-        student = student.log_softmax(-1).masked_fill(~read, 0)
-        return (torch.xlogy(teacher, teacher) - teacher * student).sum(-1)
+        return self.distance(teacher, student.log_softmax(-1).masked_fill(~read, 0)).sum(-1)
+
+    def stopped(self, teacher: Tensor) -> Tensor:
+        return teacher.detach()
+
+    def distance(self, teacher: Tensor, log_student: Tensor) -> Tensor:
+        return torch.xlogy(teacher, teacher) - teacher * log_student
 
     # The cache
 

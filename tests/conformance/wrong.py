@@ -24,6 +24,21 @@ class ForgetsTheStudentsScale(Tiny):
         return 1.0
 
 
+class LetsTheLossReachTheTeacher(Tiny):
+    def stopped(self, teacher: Tensor) -> Tensor:
+        return teacher
+
+
+class TurnsTheDivergenceRound(Tiny):
+    def distance(self, teacher: Tensor, log_student: Tensor) -> Tensor:
+        return log_student.exp() * (log_student - teacher.clamp(min=1e-30).log())
+
+
+class RoundsScores(Tiny):
+    def scores(self, one: Inputs) -> Tensor:
+        return super().scores(one).bfloat16().float()
+
+
 class TakesLogarithmsToBase2(Tiny):
     def lse(self, logits: Tensor) -> Tensor:
         return super().lse(logits) / math.log(2)
@@ -240,7 +255,14 @@ class CropsWholeBlocks(TinyCache):
 
 
 WRONG = {
-    "plain": (PoolsByMean, ForgetsTheStudentsScale, TakesLogarithmsToBase2),
+    "plain": (
+        PoolsByMean,
+        RoundsScores,
+        ForgetsTheStudentsScale,
+        LetsTheLossReachTheTeacher,
+        TurnsTheDivergenceRound,
+        TakesLogarithmsToBase2,
+    ),
     "groups": (SharesOneSelection,),
     "token_mask": (MasksBlocksOnly,),
     "score_mask": (ScoresTheFuture,),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openmsa.conformance.adapter import Adapter
-from openmsa.conformance.adapters.hidden import Channels, plain_layout, plain_shape, require
+from openmsa.conformance.adapters.hidden import Channels, plain_shape, require
 from openmsa.conformance.adapters.mlx_arrays import to_mlx, to_torch
 from openmsa.conformance.case import GRADIENTS, Inputs
 
@@ -23,18 +23,21 @@ class MlxAdapter(Adapter):
         """The attention layer for inputs of this shape."""
         raise TypeError("an MLX adapter says what its layer is")
 
-    def new_cache(self):
-        """An empty cache of one layer."""
+    def new_cache(self, left_padding: list[int] | None = None):
+        """An empty cache of one layer; of a batch with so many padded tokens before each row."""
         raise TypeError("an MLX adapter says what its cache is")
 
     def check(self, x: Inputs) -> None:
         """Raise NotOffered for inputs that the layer does not take."""
-        plain_layout(x)
+        require(not x.packed, "packed sequences")
+        require(x.mask is None or bool(x.mask[:, -1].all()), "rows padded on the right")
         plain_shape(x)
         require(not x.imposed, "attention to blocks that are given")
 
     def after_prefix(self, layer: Layer, hidden: mx.array, x: Inputs):
         """Hidden vectors of the queries, and the cache of the tokens before them."""
+        if x.mask is not None:
+            return hidden, self.new_cache((~x.mask).sum(1).tolist())
         before = x.k.shape[1] - x.q.shape[1]
         if before == 0:
             return hidden, None

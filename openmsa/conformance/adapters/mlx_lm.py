@@ -7,7 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import CacheList, KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    CacheList,
+    KVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
 from mlx_lm.models.minimax_m3_vl import Attention, TextArgs
 from torch import Tensor
 
@@ -40,6 +46,7 @@ class MlxLm(MlxAdapter):
 
     def select(self, x: Inputs) -> Tensor:
         self.check(x)
+        require(x.mask is None, "returning the selection of padded rows")
         channels = Channels(x)
         attention = _attention(x, channels)
         layer = self.layer(x, channels)
@@ -61,8 +68,10 @@ class MlxLm(MlxAdapter):
 
         return run
 
-    def new_cache(self) -> CacheList:
-        return CacheList(KVCache(), KVCache())
+    def new_cache(self, left_padding: list[int] | None = None) -> CacheList:
+        if left_padding is None:
+            return CacheList(KVCache(), KVCache())
+        return CacheList(BatchKVCache(left_padding), BatchKVCache(left_padding))
 
     def open_cache(self, rule: Rule) -> Cache:
         return _Session(self)

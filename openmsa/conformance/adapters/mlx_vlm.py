@@ -5,7 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_vlm.models.base import create_attention_mask
 from mlx_vlm.models.minimax_m3_vl.config import TextConfig
-from mlx_vlm.models.minimax_m3_vl.language import MiniMaxAttention, MiniMaxM3KVCache
+from mlx_vlm.models.minimax_m3_vl.language import (
+    MiniMaxAttention,
+    MiniMaxM3BatchKVCache,
+    MiniMaxM3KVCache,
+)
 from torch import Tensor
 
 from openmsa.conformance.adapter import Cache, NotOffered
@@ -35,6 +39,7 @@ class MlxVlm(MlxAdapter):
         channels = Channels(x)
         attention, layer = _attention(x, channels), self.layer(x, channels)
         hidden, cache = self.after_prefix(layer, to_mlx(channels.hidden(x)), x)
+        require(x.mask is None, "returning the selection of padded rows")
         start = x.k.shape[1] - x.q.shape[1]
         blocks, _, _ = attention.indexer(hidden, unchanged, start, cache, start, None, None)
         if blocks is None:
@@ -54,8 +59,10 @@ class MlxVlm(MlxAdapter):
 
         return run
 
-    def new_cache(self) -> MiniMaxM3KVCache:
-        return MiniMaxM3KVCache()
+    def new_cache(self, left_padding: list[int] | None = None):
+        if left_padding is None:
+            return MiniMaxM3KVCache()
+        return MiniMaxM3BatchKVCache(left_padding)
 
     def open_cache(self, rule: Rule) -> Cache:
         return _Session(self)
