@@ -67,7 +67,7 @@ def bytes_of_theirs(part: str, shape: Shape, tokens: int) -> int:
 
 
 def bytes_of_ours(part: str, shape: Shape, tokens: int) -> int:
-    """What the enabled layer holds at the most, about: transformers' norms of its queries in fp32."""
+    """What the enabled layer holds at the most, about: norms of queries in fp32, mostly."""
     per_query = {"forward": 18, "training": 36, "decode": 0}[part]
     return tokens * (per_query * shape.h * shape.d + 8 * shape.g * (shape.d + shape.d_index))
 

@@ -11,6 +11,7 @@ import copy
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -18,6 +19,8 @@ from openmsa.hf import m3_classes
 from openmsa.hf.attention import NAME
 from openmsa.hf.m3_model import M3ModelMixin
 from openmsa.hf.m3_room import rooms_of
+
+OLDEST, BEFORE = "5.17", "6"  # versions of transformers whose MiniMax-M3 is known
 
 
 def enable(model: nn.Module) -> nn.Module:
@@ -33,7 +36,7 @@ def enable(model: nn.Module) -> nn.Module:
     the index too: the KL is attached to what it reads, times index_loss_weight in every forward
     pass. Divide that by the number of micro-batches which such a trainer accumulates.
 
-    Raises ValueError for any other model, a transformers without MiniMax-M3, a model without sparse
+    Raises ValueError for any other model, a transformers before 5.17, a model without sparse
     layers and an index whose heads are not one per KV head.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -76,13 +79,13 @@ def give_classes(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module) -> None:
-    names = " or ".join(m3_classes.MODELS)
-    try:
-        known = tuple(getattr(m3_classes.modelling(), name) for name in m3_classes.MODELS)
-    except ModuleNotFoundError as error:
+    found = transformers.__version__
+    if not Version(OLDEST) <= Version(found) < Version(BEFORE):
         raise ValueError(
-            f"transformers {transformers.__version__} has no MiniMax-M3; {VERSIONS}"
-        ) from error
+            f"transformers {found} is installed; enable needs transformers>={OLDEST},<{BEFORE}"
+        )
+    names = " or ".join(m3_classes.MODELS)
+    known = tuple(getattr(m3_classes.modelling(), name) for name in m3_classes.MODELS)
     if type(model) not in known:
         raise ValueError(
             f"model is a {type(model).__name__}; enable takes a {names} (with its language model "
@@ -99,9 +102,6 @@ def _check(model: nn.Module) -> None:
             f"index_n_heads={config.index_n_heads} must be num_key_value_heads="
             f"{config.num_key_value_heads}: each group of query heads has an index head of its own"
         )
-
-
-VERSIONS = "enable needs transformers>=5.17,<6"
 
 
 def _own_config(model: nn.Module) -> None:

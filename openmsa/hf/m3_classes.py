@@ -28,7 +28,7 @@ _MADE: dict[type, type] = {}
 
 
 def modelling() -> ModuleType:
-    """transformers' module of MiniMax-M3. Raises ModuleNotFoundError where it has none."""
+    """transformers' module of MiniMax-M3."""
     return import_module(MODELLING)
 
 

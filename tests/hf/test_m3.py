@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from openmsa import hf
+from openmsa.hf import m3
 from tests.hf.m3_tiny import FULL, SPARSE, modelling, tiny_m3
 from tests.hf.tiny import CACHE, logits, tiny_model, tiny_tokens
 from tests.support import assert_as_good_as_eager
@@ -146,6 +147,13 @@ def test_hooks_of_accelerate_stay_in_front():
 def test_what_cannot_be_enabled_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         hf.enable(make())
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "6.0.0"])
+def test_versions_of_transformers_that_are_not_known_are_refused(version, monkeypatch):
+    monkeypatch.setattr(m3.transformers, "__version__", version)
+    with pytest.raises(ValueError, match=f"transformers {version} .* transformers>=5.17,<6"):
+        hf.enable(tiny_m3())
 
 
 def test_what_an_enabled_model_cannot_do_is_refused():
