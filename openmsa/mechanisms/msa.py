@@ -6,6 +6,11 @@ S[t, g]    = the query's own block, then the best others of M, k in all
 O[t, h]    = softmax over s in S[t, g] of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g]
 loss       = mean over t, g of KL(mean over the group's h of softmax(q k) || softmax(I))
              both over s in S[t, g]; over every visible s while the index warms up
+
+Scored: blocks, by their best key in a learned index, and the own block is kept whatever it scores.
+Shared: a choice by the heads of a group, one index key by all groups. Trained by: the loss, which
+reaches q_index and k_index only; their inputs are detached from the model. Remembered: k, v and
+k_index.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from openmsa.ops import checks
 from openmsa.ops.block_selection import select_blocks
 from openmsa.ops.dense_attention import dense_attention
 from openmsa.ops.index_loss import index_loss
@@ -38,34 +44,11 @@ class MSAConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        _whole("block_size", self.block_size, 1)
-        _whole("top_k", self.top_k, 1)
-        _whole("local_blocks", self.local_blocks, 0)
-        _whole("sink_blocks", self.sink_blocks, 0)
+        checks.positive(block_size=self.block_size, top_k=self.top_k)
+        checks.forced(self.local_blocks, self.sink_blocks, self.top_k)
         if self.d_index is not None:
-            _whole("d_index", self.d_index, 1)
-        if self.local_blocks + self.sink_blocks > self.top_k:
-            raise ValueError(
-                f"top_k={self.top_k} cannot hold local_blocks={self.local_blocks} + "
-                f"sink_blocks={self.sink_blocks}; raise top_k or force fewer blocks"
-            )
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
-
-
-def _whole(name: str, number: int, least: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
-
-
-def _layers(layers) -> tuple[int, ...]:
-    if isinstance(layers, (str, int)):
-        raise ValueError(f"layers must be a list of layer numbers or None, got {layers!r}")
-    for layer in layers:
-        _whole("layers", layer, 0)
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"layers must name each layer once, got {tuple(layers)}")
-    return tuple(sorted(layers))
+            checks.positive(d_index=self.d_index)
+        object.__setattr__(self, "layers", checks.layers(self.layers))
 
 
 REMEMBERS = ("k", "v", "k_index")
