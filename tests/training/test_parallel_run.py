@@ -43,8 +43,8 @@ LINGERING = """, probe=lambda model: __import__("time").sleep(0.2) or {}, probe_
 
 
 def recipe(source: Path):
-    """4 sequences a step: they can be shared by 1, 2 and 4 processes."""
-    common = {"seq_len": 48, "batch_size": 2, "accumulate": 2, "warmup_steps": 1}
+    """8 sequences a step: 1, 2 and 4 processes share them in 4, 2 and 1 passes."""
+    common = {"seq_len": 48, "batch_size": 2, "accumulate": 4, "warmup_steps": 1}
     phases = (
         Phase("warm", attention="warmup", trained="index", steps=3, **common),
         Phase("sparse", attention="sparse", steps=4, schedule="cosine", **common),
