@@ -39,12 +39,16 @@ class Piece:
         """Write values [C, m, d] to where `queries` takes them from."""
         self.chunk.put(x[:, :, None], values)
 
-    def keys(self, x: Tensor, head: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x [b, s, g, d] -> which tokens are not finite [C, K], and tokens [C, K, d] without them.
+    def keys(
+        self, x: Tensor, head: int | Tensor, dtype: torch.dtype, sound: bool = False
+    ) -> tuple[Tensor, ...]:
+        """x [b, s, g, d] -> tokens [C, K, d] and, unless x is sound (all of it finite), which of
+        them are not finite [C, K]; these are zeroed.
 
         head: the KV head of all queries, or of every query.
         """
-        return tile_scores.clean(tile_scores.rows_of(x, self.batch, self.token, head).to(dtype))
+        rows = tile_scores.rows_of(x, self.batch, self.token, head).to(dtype)
+        return (rows,) if sound else tile_scores.clean(rows)[::-1]
 
     def add(self, total: Tensor, head: int | Tensor, rows: Tensor) -> None:
         """total [b, s, g, d] += rows [C, K, d] where `keys` takes them from."""
@@ -136,10 +140,18 @@ def product_over_queries(a: Tensor, b: Tensor, keys: Tensor) -> Tensor:
     return (a.flatten(0, 1).mT @ b.flatten(0, 1))[None]
 
 
-def hide(x: Tensor, hidden: Tensor, spoilt: Tensor) -> Tensor:
+def all_finite(x: Tensor) -> bool:
+    """Whether x [b, s, g, d] is known to be finite: only a CPU is asked, it would stall others."""
+    if x.device.type != "cpu":
+        return False
+    return bool(x.sum(-1, dtype=accumulate_dtype(x)).isfinite().all())
+
+
+def hide(x: Tensor, hidden: Tensor, *spoilt: Tensor) -> Tensor:
     """x [C, m, K], in place: -inf where hidden [C, K], NaN where spoilt [C | 1, K] and seen."""
-    seen = torch.where(spoilt, math.nan, 0.0).to(x.dtype)
-    return x.add_(torch.where(hidden, -math.inf, seen)[:, None])
+    for each in spoilt:
+        x.add_(torch.where(each, math.nan, 0.0).to(x.dtype)[:, None])
+    return x.masked_fill_(hidden[:, None], -math.inf)
 
 
 def scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from openmsa import Selection
+from openmsa.ops import workspace
+from openmsa.ops.backend import availability
 from openmsa.ops.token_selection import portable, select_tokens
 from tests.ops.test_memory import largest_allocation
 from tests.support import borders, seeded
@@ -127,16 +129,12 @@ def test_a_positive_scale_and_the_dtype_of_the_weights_change_no_choice():
 
 def test_every_backend_that_is_usable_here_is_served():
     inputs = whole_numbers(1, 20, 20, 2, 3)
-    from openmsa.ops.backend import availability
-
     for name in (name for name, reason in availability().items() if reason is None):
         made = select_tokens(*inputs, top_k=4, backend=name)
         assert torch.equal(made.blocks, by_hand(*inputs, 4)), name
 
 
 def test_no_matrix_of_queries_and_keys_exists(monkeypatch):
-    from openmsa.ops import workspace
-
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1 << 20)
     monkeypatch.setattr(workspace, "CACHE_BYTES", 1 << 20)
     monkeypatch.setattr(portable, "KEYS_AT_ONCE", 256)

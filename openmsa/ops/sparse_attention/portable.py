@@ -1,6 +1,6 @@
 """Attention over selected blocks in bounded memory, in tiles of a block and queries that chose it.
 
-Blocks with no more tokens than a group has heads go another way: see portable_gathered.
+Blocks with no more tokens than a group has heads go another way: see gathered_attention.
 
 Forward, per tile and head (MSA eq. 8):
     X = K q * scale;  m = max X;  l = sum exp(X - m);  o = exp(X - m) V
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from openmsa.ops import gathered_attention as gathered
 from openmsa.ops import tile_scores, tiles
-from openmsa.ops.sparse_attention import portable_gathered as gathered
 from openmsa.ops.workspace import (
     accumulate_dtype,
     add_rows,

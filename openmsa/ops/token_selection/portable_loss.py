@@ -107,8 +107,9 @@ class _Prefix:
         self.queries(x).copy_(values)
 
     def keys(self, x: Tensor, head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x [b, s, g, d] -> which tokens are not finite [1, K], and tokens [1, K, d] without"""
-        return tile_scores.clean(x[self.piece.batch, self.piece.keys, head][None].to(dtype))
+        """x [b, s, g, d] -> tokens [1, K, d], and which of them are not finite [1, K] and zeroed"""
+        rows = x[self.piece.batch, self.piece.keys, head][None].to(dtype)
+        return tile_scores.clean(rows)[::-1]
 
     def add(self, total: Tensor, head: int, rows: Tensor) -> None:
         """total [b, s, g, d] += rows [1, K, d] where `keys` takes them from."""
@@ -162,7 +163,7 @@ class _Work:
 def _add(work: _Work, piece, row_weights: Tensor) -> None:
     """Add a piece to loss, dq, dk and dw; row_weights [C, 1]."""
     teacher = _teacher(work, piece).to(work.loss.dtype)
-    spoilt, keys = piece.keys(work.k_index[:, :, None], 0, work.loss.dtype)
+    keys, spoilt = piece.keys(work.k_index[:, :, None], 0, work.loss.dtype)
     q = piece.queries(work.q_index).to(keys.dtype)
     w = piece.queries(work.head_weights[..., None]).to(keys.dtype)
     y = torch.zeros_like(teacher)
@@ -201,7 +202,7 @@ def _teacher(work: _Work, piece) -> Tensor:
     q = piece.queries(work.q).to(factor)
     total = 0
     for head in range(g):
-        spoilt, keys = piece.keys(work.k, head, factor)
+        keys, spoilt = piece.keys(work.k, head, factor)
         own = q.unflatten(1, (g, -1))[:, head]
         for some in work.some_heads(own.shape[1], len(q), keys.shape[1]):
             x = gathers.scores(own[:, some], keys, work.scale)
