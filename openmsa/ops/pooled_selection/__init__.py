@@ -53,7 +53,8 @@ def pooled_selection(
     of a group unless per_head. A block is worth the best ("max") of the windows that overlap it, or
     the "sum" of their softmax scores, each times the part of its tokens in the block; none is
     visible: least of all. Forced blocks, ties, NaN and cu_seqlens (which count tokens) are as in
-    `select_blocks`. "cpu" and "triton" run the portable code.
+    `select_blocks`. "cpu" and "triton" run the portable code, which reads the lengths of packed
+    sequences and so waits for a GPU.
 
     Returns a Selection with blocks int32 [b, g or h, t, top_k], ascending, -1 at the end, without
     gradient. Raises ValueError for arguments that do not fit together.
