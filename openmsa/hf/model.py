@@ -129,8 +129,9 @@ class MSAModelMixin:
         return layout
 
     def _check_length(self, num_tokens: int) -> None:
-        limit = getattr(self.config, "max_position_embeddings", None)
-        rope = getattr(self.config, "rope_parameters", None) or {}
+        config = self.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
         if limit is not None and num_tokens > limit and rope.get("rope_type") != "dynamic":
             raise ValueError(
                 f"a sequence of {num_tokens} tokens is longer than the {limit} positions of the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from openmsa import hf
@@ -43,6 +44,12 @@ def test_a_left_padded_prompt_tells_what_it_tells_alone():
     ids = torch.nn.functional.pad(prompt(), (6, 0))
     told = tell(model, ids, attention_mask=(ids > 0).long(), **picture())
     assert torch.equal(told[:, 6:], tell(model, prompt(), **picture()))
+
+
+def test_a_sequence_longer_than_the_text_model_is_refused():
+    model = hf.enable(tiny_m3_vision(max_position_embeddings=32))
+    with pytest.raises(ValueError, match="33 tokens is longer than the 32 positions"):
+        model(tiny_tokens(1, 33))
 
 
 def test_the_index_learns_beside_the_tower():
