@@ -130,10 +130,10 @@ class MSATrainer(Trainer):
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**plain)
             self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+        if self.is_fsdp_enabled != self.processes.shard:
             raise ValueError(
-                f"fsdp_version={state.fsdp_plugin.fsdp_version} is not supported; use 2, or leave "
-                "FSDP out of the accelerate config and ask for it by shard=True"
+                f"shard={self.processes.shard} contradicts what accelerate was told of FSDP; leave it "
+                "out of its config and ask for it by shard=True (openmsa train --shard)"
             )
 
     def get_train_dataloader(self):
