@@ -132,8 +132,8 @@ class MSATrainer(Trainer):
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled != self.processes.shard:
             raise ValueError(
-                f"shard={self.processes.shard} contradicts what accelerate was told of FSDP; leave it "
-                "out of its config and ask for it by shard=True (openmsa train --shard)"
+                f"shard={self.processes.shard} contradicts what accelerate was told of FSDP; leave "
+                "it out of that config and ask for it by shard=True (openmsa train --shard)"
             )
 
     def get_train_dataloader(self):
