@@ -55,7 +55,12 @@ class _Band:
         """Sinks that stand before the band."""
         return self.sinks.stop - self.sinks.start
 
-    def keys_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def clean(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """k, v [b, s, g, d] -> poison [heads, keys] or None, both [heads, keys, d] without it."""
+        tokens = self.piece.queries.stop - self.piece.queries.start
+        return prefixes.clean(tokens, *(self._keys_of(x, dtype) for x in (k, v)))
+
+    def _keys_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x [b, s, g, d] -> [heads, keys, d]"""
         band = prefixes.keys_of(x, self.piece, dtype)
         if not self.apart:
@@ -63,7 +68,7 @@ class _Band:
         return torch.cat([prefixes.keys_of(x, self._of_sinks(), dtype), band], 1)
 
     def add_to_keys(self, x: Tensor, values: Tensor) -> None:
-        """Add [heads, keys, d] to where `keys_of` takes them from."""
+        """Add [heads, keys, d] to where `clean` takes them from."""
         for piece, part in (
             (self._of_sinks(), values[:, : self.apart]),
             (self.piece, values[:, self.apart :]),
@@ -127,10 +132,9 @@ def _forward(
     out, lse = _empty(q, v)
     g, factor = k.shape[2], matmul_dtype(q)
     with no_autocast(q):
-        poison, k, v = prefixes.clean(q.shape[1], k, v)
         for band in _bands(q, k, window, sinks, cu_seqlens_q, cu_seqlens_k):
             queries = prefixes.queries_of(q, band.piece, g, factor)
-            keys, values = (band.keys_of(x, factor) for x in (k, v))
+            poison, keys, values = band.clean(k, v, factor)
             x = _scores(queries, keys, band, window, sinks, scale, poison)
             top, p = x.amax(-1, keepdim=True), x.softmax(-1)
             prefixes.put_queries(out, band.piece, g, prefixes.product(p.to(factor), values))
@@ -148,7 +152,7 @@ def _scores(queries, keys, band: _Band, window, sinks, scale, poison):
     x = prefixes.product(queries, keys.mT).to(accumulate_dtype(queries)).mul_(scale)
     seen = x.new_zeros(1, 1, 1, 1)
     if poison is not None:
-        seen = band.keys_of(poison[..., None], x.dtype).mT[:, None]
+        seen = poison[:, None, None]
     bias = torch.where(band.reads(window, sinks, x.device), seen, -math.inf)
     x.unflatten(1, (-1, bias.shape[2])).add_(bias)
     return x
@@ -180,10 +184,9 @@ def _backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (x.new_zeros(x.shape, dtype=sums) for x in (k, v))
     with no_autocast(q):
-        poison, clean_k, clean_v = prefixes.clean(q.shape[1], k, v)
         for band in _bands(q, k, window, sinks, cu_seqlens_q, cu_seqlens_k):
             queries, douts = (prefixes.queries_of(x, band.piece, g, factor) for x in (q, dout))
-            keys, values = (band.keys_of(x, factor) for x in (clean_k, clean_v))
+            poison, keys, values = band.clean(k, v, factor)
             p = _scores(queries, keys, band, window, sinks, scale, poison).softmax(-1)
             band.add_to_keys(dv, prefixes.product_over_rows(p.to(factor), douts))
             # sum P dP equals dout . out, but that form rounds differently from dP.
