@@ -47,7 +47,7 @@ def decode_time(
     training = model.training
     model.eval()
     try:
-        with _positions(model.config, context_tokens + warmup + steps):
+        with longer_positions(model.config.get_text_config(), context_tokens + warmup + steps):
             cache = filled_cache(model, context_tokens)
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             times = [_one_token_ms(model, token, cache) for _ in range(warmup + steps)][warmup:]
@@ -57,7 +57,7 @@ def decode_time(
 
 
 @contextmanager
-def _positions(config, wanted: int) -> Iterator[None]:
+def longer_positions(config, wanted: int) -> Iterator[None]:
     """A converted model refuses positions that it was not made for; their time is asked here."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None:
@@ -84,7 +84,7 @@ def filled_cache(model: PreTrainedModel, context_tokens: int) -> DynamicCache:
                 "this model's cache does not keep every token (sliding window); timing by context "
                 "needs one that does"
             )
-        if hasattr(layer, "stage"):
+        if getattr(layer, "index_keys", None) is not None:
             layer.stage(_more(layer.index_keys, context_tokens - num_seed))
         layer.update(*(_more(rows, context_tokens - num_seed) for rows in (keys, values)))
     return cache

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from openmsa import hf
+from openmsa.inference import decode_time
 from tests.hf.m3_tiny import tiny_m3
 from tests.hf.test_generation import NEW, repetitive, tell
 from tests.hf.tiny import CACHE, logits, tiny_tokens
@@ -119,3 +120,7 @@ def test_a_quantised_cache_is_refused(model):
     cache.layers[1] = Other()
     with pytest.raises(ValueError, match="layer 1 is sparse .* cannot hold; pass DynamicCache"):
         model(tiny_tokens(1, 20), **{CACHE: cache})
+
+
+def test_a_token_is_timed_over_layers_with_and_without_an_index(model):
+    assert decode_time(model, 100, steps=2, warmup=0).steps == 2
