@@ -13,7 +13,7 @@ from openmsa.conformance.adapters import ENGINES, open_adapter
 
 CASES = {name: load_case(path) for name, path in shipped_cases().items()}
 OURS = [name for name, engine in ENGINES.items() if ".ours:" in engine.where]
-FOUND = list(csv.DictReader(CSV.open(encoding="utf-8")))
+FOUND = list(csv.DictReader(CSV.read_text(encoding="utf-8").splitlines()))
 
 
 def verdicts(adapter, dtype=torch.float32) -> list:

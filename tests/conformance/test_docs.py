@@ -9,7 +9,7 @@ from benchmarks.conformance import CSV, table
 from openmsa.conformance.adapters import ENGINES
 from openmsa.conformance.recipes import NAMES
 
-ROWS = list(csv.DictReader(CSV.open(encoding="utf-8")))
+ROWS = list(csv.DictReader(CSV.read_text(encoding="utf-8").splitlines()))
 DOCS = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
 
 
