@@ -7,6 +7,9 @@
 //
 //   m' = max(m, max X);  c = exp(m - m');  l' = l c + sum P;  O' = O c + P V
 //
+// Where blocks are shorter than a group has heads, tokens have little to share: each goes through its own keys,
+// packed from where they lie.
+//
 // Few queries against many keys give too few tasks: then a task takes a part of its chunk's blocks, and the
 // parts are put together in order. The parts follow from the sizes alone, so threads change no bit; the size
 // of a chunk changes none either, for every row goes its own way through the same blocks.
@@ -101,7 +104,8 @@ struct Attention {
   static int64_t bytes(const Plan& plan) {
     const int64_t n = padded(plan.width), d = lead<Unit>(plan.d), dv = lead<Unit>(plan.dv);
     const int64_t packed = n * (2 * d + dv) + n * padded(plan.dv) + PANEL * (d + n + W + 4) + 11 * PAD;
-    return packed * 4 + Visits::bytes(plan) + (plan.parts == 1 ? State::floats(plan) * 4 : 0);
+    const int64_t reads = plan.apart ? plan.top_k * plan.block * 4 + 64 : Visits::bytes(plan);
+    return packed * 4 + reads + (plan.parts == 1 ? State::floats(plan) * 4 : 0);
   }
   explicit Attention(const AttendArguments& x)
       : x(x), plan(x), scratch(int(smaller(x.threads, plan.tasks * plan.parts)), bytes(plan)),
@@ -142,12 +146,19 @@ struct Attention {
     char* memory = scratch.of(worker);
     const Desk desk(plan, memory);
     store(desk.scale, all(x.scale * UNIT));
-    Visits visits(plan, memory);
     const State own = plan.parts > 1 ? state(task) : State(plan, take<float>(memory, State::floats(plan)));
     const Chunk chunk = chunk_of(x, plan, task / plan.parts);
     own.clear((chunk.to - chunk.from) * plan.r, padded(plan.dv));
+    const int64_t part = task % plan.parts;
+    plan.apart ? apart(desk, own, chunk, part, memory) : together(desk, own, chunk, part, memory);
+    if (plan.parts == 1) finish(own, chunk);
+  }
+
+  // Block after block, each for all tokens of the chunk that read it.
+  void together(const Desk& desk, const State& own, const Chunk& chunk, int64_t part, char* memory) const {
+    Visits visits(plan, memory);
     visits.find(x, plan, chunk);
-    const int64_t part = task % plan.parts, end = visits.count * (part + 1) / plan.parts;
+    const int64_t end = visits.count * (part + 1) / plan.parts;
     for (int64_t i = visits.count * part / plan.parts; i < end; ++i) {
       const int64_t start = visits.block[i] * plan.block, stop = smaller(start + plan.block, chunk.in.s);
       const int64_t after = i + 1 < end ? visits.block[i + 1] * plan.block : chunk.in.s;
@@ -159,19 +170,35 @@ struct Attention {
         Ahead next;
         next.begin(x.k, x.v, chunk.in.batch, chunk.in.k0 + then, plan.groups.kv_head(chunk.group),
                    smaller(plan.width, chunk.in.s - then), readers.count * plan.r * 4 / WIDE_ROWS);
-        visit(desk, own, chunk, from, smaller(plan.width, stop - from), readers, next);
+        visit(desk, own, chunk, {from, smaller(plan.width, stop - from), nullptr}, readers, next);
       }
     }
-    if (plan.parts == 1) finish(own, chunk);
+  }
+
+  // Token after token, each with keys from here and there.
+  void apart(const Desk& desk, const State& own, const Chunk& chunk, int64_t part, char* memory) const {
+    Choice choice(plan.top_k * plan.block, memory);
+    Ahead nothing{};
+    for (int64_t i = chunk.from; i < chunk.to; ++i) {
+      choice.find(x.blocks, chunk.group, chunk.in, i, plan.block);
+      const int32_t token = int32_t(i);
+      const int64_t end = choice.count * (part + 1) / plan.parts;
+      for (int64_t from = choice.count * part / plan.parts; from < end; from += plan.width)
+        visit(desk, own, chunk, {from, smaller(plan.width, end - from), choice.keys + from}, {&token, 1, &token + 1},
+              nothing);
+    }
   }
 
   // The rows of keys or values where they lie, if they lie as packing would lay them; else packed.
-  Unit* rows_of(const View& y, bool may_lie, const Chunk& chunk, int64_t from, int64_t n, Unit* room,
-                int64_t& step) const {
+  Unit* rows_of(const View& y, bool may_lie, const Chunk& chunk, const Keys& keys, Unit* room, int64_t& step) const {
     constexpr int64_t width = UnitOf<Unit>::width;
     constexpr Kind own = width == 2 ? Kind::bf16 : Kind::f32;
-    const int64_t token = chunk.in.k0 + from, head = plan.groups.kv_head(chunk.group);
+    const int64_t token = chunk.in.k0 + keys.from, head = plan.groups.kv_head(chunk.group), n = keys.n;
     step = lead<Unit>(y.size[3]);
+    if (keys.list) {
+      pack_list(y, chunk.in.batch, chunk.in.k0, keys.list, head, n, room);
+      return room;
+    }
     if (may_lie && y.kind == own && n % PAD == 0 && step * width == y.size[3] && y.stride[3] == 1 &&
         y.stride[1] % width == 0) {
       step = y.stride[1] / width;
@@ -181,12 +208,12 @@ struct Attention {
     return room;
   }
 
-  // Packs keys from .. from + n - 1; the first of them that is not finite, or n.
-  int64_t pack(const Desk& desk, const Chunk& chunk, int64_t from, int64_t n, const Unit*& along) const {
-    const int64_t d = lead<Unit>(plan.d), dv = lead<Unit>(plan.dv);
+  // Packs keys; the number of the first of them that is not finite, or of all.
+  int64_t pack(const Desk& desk, const Chunk& chunk, const Keys& keys, const Unit*& along) const {
+    const int64_t d = lead<Unit>(plan.d), dv = lead<Unit>(plan.dv), n = keys.n;
     int64_t k_step, v_step, bad = n;
-    Unit* k = rows_of(x.k, true, chunk, from, n, desk.k, k_step);
-    Unit* v = rows_of(x.v, UnitOf<Unit>::width == 2, chunk, from, n, desk.v, v_step);
+    Unit* k = rows_of(x.k, true, chunk, keys, desk.k, k_step);
+    Unit* v = rows_of(x.v, UnitOf<Unit>::width == 2, chunk, keys, desk.v, v_step);
     const bool bad_k = turn_watched(k, k_step, n, d, desk.across);
     if (!pair_watched(v, v_step, n, plan.dv, desk.along, &along) && !bad_k) return n;
     k = set_aside(k, k_step, n, d, desk.k);
@@ -202,11 +229,11 @@ struct Attention {
     return bad;
   }
 
-  // Keys from .. from + n - 1 for those who read them.
-  void visit(const Desk& desk, const State& own, const Chunk& chunk, int64_t from, int64_t n,
-             const Visit& readers, Ahead& next) const {
+  // Some keys for those who read them.
+  void visit(const Desk& desk, const State& own, const Chunk& chunk, const Keys& keys, const Visit& readers,
+             Ahead& next) const {
     const Unit* along;
-    const int64_t bad = pack(desk, chunk, from, n, along);
+    const int64_t n = keys.n, bad = pack(desk, chunk, keys, along);
     const int64_t dv = padded(plan.dv), columns = padded(n), all_rows = readers.count * plan.r;
     for (int64_t row = 0; row < all_rows; row += PANEL) {
       const int64_t rows = smaller(PANEL, all_rows - row);
@@ -217,7 +244,7 @@ struct Attention {
                       FromZero{}, Scaled{desk.scores, columns, desk.scale, u > 0, next});
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = desk.place[i];
-        const int64_t visible = smaller(n, chunk.in.position(chunk.from + at / plan.r) - from + 1);
+        const int64_t visible = keys.seen(chunk.in.position(chunk.from + at / plan.r));
         weigh<Unit>(desk.scores + i * columns, visible, columns, own.m[at], own.l[at], desk.c + i * W);
         if (bad < visible) own.l[at] = __builtin_nanf("");
       }

@@ -48,9 +48,11 @@ struct Work {
   float *dk, *dv, *dq;      // [keys][padded channels], [rows of the chunk][padded d]
   float *pk, *mass, *rest;  // of the chunk's rows: sum P K, sum P, sum dX, where the call is exact
   Unit *q_across, *dout_across, *q_along, *dout_along;
-  float* p;                 // [tile][panel]
+  float *p, *earlier;       // [tile][panel]; where channels are many, sums over those before
   Unit *to, *paired, *dx;   // [tile][panel] in units, and swapped
   Readers readers;          // of the chunk
+  Choice choice;            // of a token that goes apart
+  int64_t* place;           // of its keys among those that dk and dv are of
   Rows<Unit> rows;
   const Unit* k_b;
 
@@ -66,23 +68,29 @@ struct Work {
         q_along(take<Unit>(memory, w.keys ? units<Unit>(c.panel) * d : 0)),
         dout_along(take<Unit>(memory, w.keys ? units<Unit>(c.panel) * dv_lead : 0)),
         p(take<float>(memory, c.tile * c.panel)),
+        earlier(take<float>(memory, larger(c.d, c.dv) > WIDE_CHAIN ? c.tile * c.panel : 0)),
         to(UnitOf<Unit>::width == 1 ? reinterpret_cast<Unit*>(p) : take<Unit>(memory, c.tile * c.panel)),
         paired(take<Unit>(memory, w.queries ? lead<Unit>(c.tile) * c.panel : 0)),
         dx(take<Unit>(memory, w.queries ? lead<Unit>(c.tile) * c.panel : 0)),
-        readers{nullptr, nullptr, nullptr}, rows(make_rows(c, w, memory)) {}
+        readers{nullptr, nullptr, nullptr}, choice(c.range ? c.slots() * c.block_size : 0, memory),
+        place(take<int64_t>(memory, c.range ? c.tile : 0)), rows(make_rows(c, w, memory)) {}
 
   // dk and dv of one tile; its readers come from the lists of the whole sequence.
   void by_keys(const Sequence& x, int64_t i, int64_t kv_head, const Tile& tile) {
-    pack(x, kv_head, tile);
+    if (!call.range) pack(x, kv_head, tile, nullptr);
     clear(dk, tile.width * d);
     clear(dv, tile.width * dv_lead);
     for (int64_t n = 0; n < call.groups.per_kv; ++n) {
       const int64_t group = kv_head * call.groups.per_kv + n;
+      if (call.range) {
+        apart(x, group, 0, x.t, tile.start, tile.start + tile.width);
+        continue;
+      }
       Tokens tokens = who(call.lists ? call.readers(group, i) : readers, 0, x.t, x, tile);
       while (tokens.count) {
         const int64_t from = tokens[0] / call.grid * call.grid;
         const Tokens part = tokens.until(from + call.grid);
-        panels(x, group, part, tile, from, dk, dv);
+        panels(x, group, part, tile, from, dk, dv, nullptr);
         tokens = tokens.from(part.count);
       }
     }
@@ -95,14 +103,16 @@ struct Work {
     const int64_t heads = call.groups.heads, rows_here = (end - from) * heads, keys = x.position(end - 1) + 1;
     clear(dq, rows_here * d);
     if (call.exact()) clear(pk, rows_here * d), clear(mass, rows_here), clear(rest, rows_here);
-    if (call.sparse())
+    if (call.range)
+      apart(x, group, from, end, 0, keys);
+    else if (call.sparse())
       find_readers(call.x.blocks, group, x, from, end, call.block_size, call.blocks_in(keys), readers);
-    for (int64_t i = 0; i < call.tiles_in(keys); ++i) {
+    for (int64_t i = 0; !call.range && i < call.tiles_in(keys); ++i) {
       const Tile tile = call.tile_at(i, keys);
       const Tokens tokens = who(readers, from, end, x, tile);
       if (!tokens.count) continue;
-      pack(x, call.groups.kv_head(group), tile);
-      panels(x, group, tokens, tile, from, dk + tile.start * d, dv + tile.start * dv_lead);
+      pack(x, call.groups.kv_head(group), tile, nullptr);
+      panels(x, group, tokens, tile, from, dk + tile.start * d, dv + tile.start * dv_lead, nullptr);
     }
     for (int64_t i = 0; i < rows_here; ++i) {
       const int64_t token = from + i / heads, head = group * heads + i % heads;
@@ -124,17 +134,36 @@ struct Work {
 
  private:
   Rows<Unit> make_rows(const Call& c, const Wanted& w, char*& memory) {
-    if (w.queries && c.sparse()) {
+    if (w.queries && c.sparse() && !c.range) {
       readers.first = take<int64_t>(memory, w.blocks + 1);
       readers.seen = take<int64_t>(memory, w.blocks);
       readers.tokens = take<int32_t>(memory, (w.keys ? c.grid : c.chunk) * c.slots());
     }
     return Rows<Unit>(c, memory);
   }
-  void pack(const Sequence& x, int64_t head, const Tile& tile) {
+  // Of the keys low .. high - 1 those that tokens from .. end - 1 read, token after token.
+  void apart(const Sequence& x, int64_t group, int64_t from, int64_t end, int64_t low, int64_t high) {
+    for (int64_t token = larger(from, low - x.position(0)); token < end; ++token) {
+      choice.find(call.x.blocks, group, x, token, call.block_size);
+      const int64_t stop = choice.before(high);
+      for (int64_t i = choice.before(low); i < stop; i += TILE) {
+        const Tile tile{0, 0, smaller(TILE, stop - i)};
+        for (int64_t j = 0; j < tile.width; ++j) place[j] = choice.keys[i + j] - low;
+        pack(x, call.groups.kv_head(group), tile, choice.keys + i);
+        panels(x, group, {nullptr, token, 1}, tile, from, dk, dv, place);
+      }
+    }
+  }
+  // The keys of a tile, or those of a list.
+  void pack(const Sequence& x, int64_t head, const Tile& tile, const int32_t* list) {
     const int64_t n = tile.width, k_lead = lead<Unit>(call.d), v_lead = lead<Unit>(call.dv);
-    pack_rows(call.x.k, x.batch, x.k0 + tile.start, head, n, k);
-    pack_rows(call.x.v, x.batch, x.k0 + tile.start, head, n, v);
+    if (list) {
+      pack_list(call.x.k, x.batch, x.k0, list, head, n, k);
+      pack_list(call.x.v, x.batch, x.k0, list, head, n, v);
+    } else {
+      pack_rows(call.x.k, x.batch, x.k0 + tile.start, head, n, k);
+      pack_rows(call.x.v, x.batch, x.k0 + tile.start, head, n, v);
+    }
     for (int64_t i = 0; i < n; ++i)
       if (spoilt_row(k + i * k_lead, k_lead) || spoilt_row(v + i * v_lead, v_lead)) {
         std::memset(static_cast<void*>(k + i * k_lead), 0, size_t(k_lead) * 4);
@@ -142,32 +171,40 @@ struct Work {
       }
     if (wanted.queries) k_b = pair_up(k, n, call.d, k_along);
   }
+  // keys_at: which rows of dk_to and dv_to the tile's keys are, if not one after the other.
   void panels(const Sequence& x, int64_t group, const Tokens& tokens, const Tile& tile, int64_t from, float* dk_to,
-              float* dv_to) {
+              float* dv_to, const int64_t* keys_at) {
     for (int64_t row = 0; rows.gather(call, x, group, tokens, row, tile, from); row += call.panel) {
       turn(rows.q, rows.n, lead<Unit>(call.d), units<Unit>(call.d), q_across);
       turn(rows.dout, rows.n, lead<Unit>(call.dv), units<Unit>(call.dv), dout_across);
       score();
-      if (wanted.keys) add_keys(pair_up(rows.dout, rows.n, call.dv, dout_along), call.dv, dv_to);
+      if (wanted.keys) add_keys(pair_up(rows.dout, rows.n, call.dv, dout_along), call.dv, dv_to, keys_at);
       if (call.exact() && wanted.queries) add_queries(pk, mass);
       differentiate();
-      if (wanted.keys) add_keys(pair_up(rows.q, rows.n, call.d, q_along), call.d, dk_to);
+      if (wanted.keys) add_keys(pair_up(rows.q, rows.n, call.d, q_along), call.d, dk_to, keys_at);
       if (wanted.queries) add_queries(dq, call.exact() ? rest : nullptr);
     }
   }
-  void score() {
-    product<Unit>({k, lead<Unit>(call.d), rows.most, q_across, padded(rows.n), padded(rows.n), units<Unit>(call.d)},
-                  FromZero{}, Weigh<Unit, false>{rows, call.x.scale * EXP_UNIT<Unit>, p, to, call.panel});
+  void score() { weigh<false>(k, call.d, q_across, call.x.scale * EXP_UNIT<Unit>); }
+  void differentiate() { weigh<true>(v, call.dv, dout_across, 0.0f); }
+  // The products of keys and rows over all channels, and what follows them.
+  template <bool gradient>
+  void weigh(const Unit* keys, int64_t channels, const Unit* across, float scale) {
+    const int64_t all_units = units<Unit>(channels), columns = padded(rows.n), step = lead<Unit>(channels);
+    const int64_t chain = UnitOf<Unit>::width == 1 ? WIDE_CHAIN : all_units;
+    int64_t u = 0;
+    for (; u + chain < all_units; u += chain) {
+      if (u == 0) clear(earlier, call.tile * call.panel);
+      product<Unit>({keys + u, step, rows.most, across + u * columns, columns, columns, chain}, FromZero{},
+                    Add{{earlier, call.panel, nullptr}});
+    }
+    product<Unit>({keys + u, step, rows.most, across + u * columns, columns, columns, all_units - u}, FromZero{},
+                  Weigh<Unit, gradient>{rows, scale, p, to, call.panel, u ? earlier : nullptr});
   }
-  void differentiate() {
-    product<Unit>(
-        {v, lead<Unit>(call.dv), rows.most, dout_across, padded(rows.n), padded(rows.n), units<Unit>(call.dv)},
-        FromZero{}, Weigh<Unit, true>{rows, 0.0f, p, to, call.panel});
-  }
-  void add_keys(const Unit* along, int64_t channels, float* sums) {
+  void add_keys(const Unit* along, int64_t channels, float* sums, const int64_t* keys_at) {
     const int64_t columns = padded(channels);
     accumulate<Unit>({to, units<Unit>(call.panel), rows.most, along, columns, columns, units<Unit>(rows.n)},
-                     {sums, columns, nullptr});
+                     {sums, columns, keys_at});
   }
   void add_queries(float* sums, float* totals) {
     swap(to, rows.most, call.panel, rows.n, paired, dx);
@@ -293,13 +330,13 @@ bool run(const AttendBackwardArguments& x) {
   if (!before.memory) return false;
   Run<Unit> all{plan(x, reinterpret_cast<int64_t*>(before.memory))};
   Call& call = all.call;
-  all.keys.key_rows = call.tile;
+  all.keys.key_rows = call.range ? smaller(call.range, padded(call.s)) : call.tile;
   for (int64_t i = 0; i < call.count; ++i) {
     all.both.key_rows = larger(all.both.key_rows, call.at(i).s);
     all.both.blocks = all.queries.blocks = larger(all.both.blocks, call.blocks_in(call.at(i).s));
   }
   all.is_whole = all.heads_suffice(int(threads));
-  const bool shared = x.blocks.size[1] == 1, listed = call.sparse() && !all.is_whole;
+  const bool shared = x.blocks.size[1] == 1, listed = call.sparse() && !all.is_whole && !call.range;
   const int64_t blocks = call.blocks[call.count] + call.count, slots = call.all_tokens() * call.slots();
   const int64_t list = listed ? blocks * 16 + slots * 4 : 0;
   const int64_t numbers = call.groups.heads * call.all_tokens() * (call.exact() ? 8 : 4);

@@ -18,6 +18,7 @@ constexpr int64_t FEW = 128;               // places of a selection that are sor
 struct Plan {
   int64_t b, t, h, d, s, g, dv, block, top_k, r, width, chunk, parts, blocks, tasks;
   Groups groups;
+  bool apart;  // every token by itself with its own keys: short blocks have too little to share
 
   Plan(const AttendArguments& x)
       : b(x.q.size[0]), t(x.q.size[1]), h(x.q.size[2]), d(x.q.size[3]), s(x.k.size[1]), g(x.k.size[2]),
@@ -25,15 +26,17 @@ struct Plan {
         groups(x.blocks, h, g) {
     const int64_t most_q = longest(x.borders, x.borders.q, t), most_k = longest(x.borders, x.borders.k, s);
     r = groups.heads;
-    width = smaller(smaller(block, PIECE), most_k);
+    apart = x.blocks.data && groups.apart(block, s);
+    width = smaller(apart ? PIECE : smaller(block, PIECE), most_k);
     blocks = (most_k + block - 1) / block;
     const int64_t row = larger(1, r * padded(dv)), far = smaller(FAR, ALL / larger(1, x.threads));
     chunk = NEAR / row;
-    if (x.blocks.data) chunk = larger(chunk, smaller(far / row, SHARED * blocks / larger(1, top_k)));
+    if (x.blocks.data && !apart) chunk = larger(chunk, smaller(far / row, SHARED * blocks / larger(1, top_k)));
     chunk = larger(1, smaller(chunk, most_q));
     // A selection is cut by tokens first, it has little to share; a prefix is better read once by all tokens.
     const int64_t own = x.blocks.data ? b * t * groups.count : count(x.borders);
-    const int64_t finest = x.blocks.data ? smaller(top_k, blocks) / 4 : blocks / 8;
+    const int64_t chosen = smaller(top_k, blocks);
+    const int64_t finest = apart ? chosen * block / PIECE : x.blocks.data ? chosen / 4 : blocks / 8;
     parts = larger(1, smaller(finest, (ENOUGH + own - 1) / larger(1, own)));
     if (parts > 1 && x.blocks.data) chunk = 1;
     if (parts == 1)  // where a chunk is in parts, its size says where they meet and may not follow from threads
@@ -146,6 +149,13 @@ struct Visits {
     }
     first[count] = n;
   }
+};
+
+// Keys that one visit packs: one after the other from `from` on, or where a list says.
+struct Keys {
+  int64_t from, n;
+  const int32_t* list;
+  int64_t seen(int64_t position) const { return list ? n : smaller(n, position - from + 1); }
 };
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t TILE = 128;        // keys at once
 constexpr int64_t PANEL = 64;       // rows (a token, a head) at once
 constexpr int64_t CHUNK = 4096;      // rows that a tile of keys meets before the next tile
+constexpr int64_t RANGE = 16 << 20;  // bytes of dk and dv of the keys of a tile where tokens go apart
 constexpr int64_t WAVE = 128 << 20;  // bytes of lists and delta at once
 
 struct Tile {
@@ -37,6 +38,7 @@ struct Call {
   int64_t *tiles, *chunks, *blocks;  // numbers of them before each sequence
   int64_t per_block = 0;             // tiles of a block
   int64_t tile = 0, panel = 0;       // keys and rows that scratch has room for
+  int64_t range = 0;                 // keys of a tile where tokens go apart, each with its own keys; else 0
   int64_t grid = 0, chunk = 0;       // tokens of a chunk: where panels end, and what is one task
   int64_t kv = 0, kvs = 0;           // this wave: first KV head, how many
   int64_t lists = 0;                 // lists of readers: one for each group of the wave, or one, or none
@@ -62,9 +64,11 @@ struct Call {
 
   int64_t blocks_in(int64_t keys) const { return (keys + block_size - 1) / block_size; }
   int64_t tiles_in(int64_t keys) const {
+    if (range) return (keys + range - 1) / range;
     return keys / block_size * per_block + (keys % block_size + TILE - 1) / TILE;
   }
   Tile tile_at(int64_t i, int64_t keys) const {
+    if (range) return {0, i * range, smaller(range, keys - i * range)};
     const int64_t block = i / per_block, start = block * block_size + i % per_block * TILE;
     return {block, start, smaller(TILE, smaller((block + 1) * block_size, keys) - start)};
   }
@@ -94,6 +98,12 @@ inline Call plan(const AttendBackwardArguments& x, int64_t* before) {
   const int64_t heads = larger(call.groups.heads, 1), tasks = 4 * larger(x.threads, 1);
   call.per_block = (call.block_size + TILE - 1) / TILE;
   call.tile = padded(smaller(TILE, smaller(call.block_size, call.s)));
+  if (call.sparse() && call.groups.apart(call.block_size, call.s)) {
+    // So many that a token has about a tile of its keys among them, if there is room.
+    const int64_t chosen = larger(1, call.slots() * call.block_size), most = RANGE / (4 * (call.d + call.dv));
+    call.range = padded(larger(TILE, smaller(most, call.s / chosen * TILE)));
+    call.tile = padded(smaller(TILE, call.s));
+  }
   call.panel = smaller(PANEL, (call.t * heads + 31) / 32 * 32);
   call.grid = larger(1, smaller(CHUNK / heads, call.t));
   call.chunk = larger(1, smaller(call.grid, call.all_tokens() * call.groups.count / tasks));

@@ -10,7 +10,8 @@ namespace openmsa {
 namespace OPENMSA_ISA {
 namespace {
 
-constexpr int64_t CHAIN = 32;  // floats added one to the next before they join the others
+constexpr int64_t CHAIN = 32;        // floats added one to the next before they join the others
+constexpr int64_t WIDE_CHAIN = 128;  // along the channels of a score
 
 // A panel of query rows, and what goes with each.
 template <class Unit>
@@ -75,7 +76,7 @@ OPENMSA_INLINE void put(float* row, int64_t column, V x) { store(row + column, x
 OPENMSA_INLINE void put(Pair* row, int64_t column, V x) { store_bf16(reinterpret_cast<uint16_t*>(row) + column, x); }
 
 // What follows the scores (P from X), or `gradient` (dX from P and dP): p is [keys][step] in floats, `to` the
-// same in units; for floats both are one.
+// same in units; for floats both are one. `earlier`: sums over the channels before these, if there are any.
 template <class Unit, bool gradient>
 struct Weigh {
   const Rows<Unit>& rows;
@@ -83,17 +84,19 @@ struct Weigh {
   float* p;
   Unit* to;
   int64_t step;
+  const float* earlier;
 
   template <int R, int N>
   inline __attribute__((always_inline)) void operator()(V (&x)[R][N], int64_t row, int64_t column) const {
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < N; ++j) {
         const int64_t c = column + j * W, here = (row + i) * step;
+        const V sum = earlier ? add(x[i][j], load(earlier + here + c)) : x[i][j];
         V y;
         if constexpr (gradient)
-          y = mul(load(p + here + c), sub(x[i][j], load(rows.delta + c)));
+          y = mul(load(p + here + c), sub(sum, load(rows.delta + c)));
         else
-          y = exp_of<Unit>(fma(x[i][j], all(scale), load(rows.low + c)));
+          y = exp_of<Unit>(fma(sum, all(scale), load(rows.low + c)));
         if constexpr (!gradient && UnitOf<Unit>::width == 1) y = mul(y, load(rows.share + c));
         y = where_le(all(float(row + i + 1)), load(rows.limit + c), y, zero());
         if constexpr (!gradient) store(p + here + c, y);

@@ -76,6 +76,18 @@ inline void pack_rows(const View& x, int64_t b, int64_t token, int64_t head, int
   const char* from = at(x, b, token, head);
   for (int64_t i = 0; i < n; ++i) pack_row(from + i * bytes, x.kind, x.stride[3], d, to + i * step);
 }
+// Rows token + list[0], token + list[1] ..., those a little further on asked for.
+template <class Unit>
+inline void pack_list(const View& x, int64_t b, int64_t token, const int32_t* list, int64_t head, int64_t n, Unit* to) {
+  const int64_t d = x.size[3], step = lead<Unit>(d), bytes = d * bytes_of(x.kind);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + 4 < n) {
+      const char* later = at(x, b, token + list[i + 4], head);
+      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(later + j, 0, 2);
+    }
+    pack_row(at(x, b, token + list[i], head), x.kind, x.stride[3], d, to + i * step);
+  }
+}
 // d floats (d a multiple of PAD) as a row of units: what a product makes becomes what the next one reads.
 inline void round_row(const float* from, int64_t d, float* to) {
   if (from != to) std::memcpy(to, from, size_t(d) * 4);

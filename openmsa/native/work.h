@@ -58,6 +58,9 @@ struct Groups {
   Groups(const Blocks& blocks, int64_t h, int64_t g)
       : count(blocks.data && blocks.size[1] > g ? blocks.size[1] : g), heads(h / count), per_kv(count / g) {}
   int64_t kv_head(int64_t group) const { return group / per_kv; }
+  // Whether every token goes by itself, with its own keys packed from where they lie: blocks so short have too
+  // little to share.
+  bool apart(int64_t block, int64_t s) const { return block < PAD && block <= heads && s < int64_t(1) << 31; }
 };
 
 // Who reads which block, the other way round: for every block the query tokens that selected it, ascending,
@@ -103,6 +106,60 @@ inline void find_readers(const Blocks& blocks, int64_t group, const Sequence& x,
   out.first[0] = 0;
 }
 
+// The keys that one token reads, ascending, each once.
+struct Choice {
+  int64_t count = 0;
+  int32_t* keys;
+  Choice(int64_t room, char*& memory);
+
+  void find(const Blocks& blocks, int64_t group, const Sequence& x, int64_t token, int64_t block) {
+    const int64_t position = x.position(token), last = position / block;
+    const int32_t* slots = blocks.data + x.batch * blocks.stride[0] +
+                           (blocks.size[1] == 1 ? 0 : group) * blocks.stride[1] + (x.q0 + token) * blocks.stride[2];
+    bool ascend = true;
+    count = 0;
+    for (int64_t slot = 0; slot < blocks.size[3]; ++slot) {
+      const int32_t j = slots[slot * blocks.stride[3]];
+      if (j < 0 || j > last) continue;
+      if (count && keys[count - 1] >= j) ascend = false;
+      keys[count++] = j;
+    }
+    if (!ascend) sort();
+    const int64_t found = count;
+    for (int64_t i = found - 1; i >= 0; --i)  // from the end: block numbers make room for themselves
+      for (int64_t place = block - 1, first = keys[i] * block; place >= 0; --place)
+        keys[i * block + place] = int32_t(first + place);
+    for (count = found * block; count && keys[count - 1] > position;) --count;
+  }
+  // How many of them come before a key.
+  int64_t before(int64_t key) const {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (keys[middle] < key)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+ private:
+  void sort() {
+    for (int64_t gap = count / 2; gap > 0; gap /= 2)
+      for (int64_t i = gap; i < count; ++i) {
+        const int32_t one = keys[i];
+        int64_t at = i;
+        for (; at >= gap && keys[at - gap] > one; at -= gap) keys[at] = keys[at - gap];
+        keys[at] = one;
+      }
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (!kept || keys[kept - 1] != keys[i]) keys[kept++] = keys[i];
+    count = kept;
+  }
+};
+
 // Scratch memory of one call: `bytes` for each worker, 64-byte aligned pieces taken in order.
 struct Scratch {
   char* memory;
@@ -120,6 +177,7 @@ inline T* take(char*& memory, int64_t count) {
   memory += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
   return piece;
 }
+inline Choice::Choice(int64_t room, char*& memory) : keys(take<int32_t>(memory, room)) {}
 
 }  // namespace
 }  // namespace OPENMSA_ISA
