@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(results) > 1:
         _compare(results, list(wanted))
     if arguments.json:
-        about = {"dtype": arguments.dtype, "device": arguments.device}
-        say(f"wrote {write_json(arguments.json, {**about, 'engines': results})}")
+        found = {"dtype": arguments.dtype, "device": arguments.device, "engines": results}
+        say(f"wrote {write_json(arguments.json, found)}")
     return int(any(v["verdict"] == "fail" for result in results for v in result["verdicts"]))
 
 
