@@ -14,6 +14,7 @@ VERBS = {
     "inspect": "what the index selects, and whether a dense model would bear MSA",
     "bench": "what this machine gives: dense, sparse and decoding beside its roofs",
     "conformance": "does an engine mean what the definition means, trap by trap",
+    "compare": "every mechanism trained from one model, quality and speed on one page",
     "cost": "what each sparse attention would cost on which chips: FLOPs, bytes, seconds, dollars",
     "env": "which backends are usable here and, for each that is not, why",
 }

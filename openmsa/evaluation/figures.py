@@ -42,7 +42,7 @@ def training_curves(log: Sequence[Mapping]) -> Figure:
         for ax in axes:
             _mark_phases(ax, log)
         if layers:
-            _log_scale(axes[1])
+            log_scale(axes[1])
             axes[1].set_title("KL of index from attention (nats)")
             canvas.label_ends(axes[1], _layer_lines(axes[1], log, layers))
     return figure
@@ -106,7 +106,7 @@ def perplexity_by_position(
             _change_scale(axes[1])
         for ax in axes:
             ax.set_xlabel("position in the context (tokens before)")
-            _log2_ticks(ax)
+            log2_ticks(ax)
     return figure
 
 
@@ -124,8 +124,8 @@ def decode_times(times: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
             colour, marker = canvas.colour_of(number), canvas.MARKERS[number % len(canvas.MARKERS)]
             ax.plot(*zip(*points, strict=True), color=colour, marker=marker)
             ends.append((*points[-1], name, colour))
-        _log_scale(ax)
-        _log2_ticks(ax)
+        log_scale(ax)
+        log2_ticks(ax)
         ax.set_title("Time per generated token (ms)" + _factor(times))
         ax.set_xlabel("context (tokens)")
         canvas.label_ends(ax, ends)
@@ -251,7 +251,7 @@ def _room_below_one(log: Sequence[Mapping], measures: Sequence[str]) -> tuple[fl
     return max(0.0, lowest - 0.05), 1.0
 
 
-def _log_scale(ax: Axes) -> None:
+def log_scale(ax: Axes) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -274,7 +274,7 @@ def _change_scale(ax: Axes) -> None:
     ax.set_ylabel("logarithmic beyond ±2%")
 
 
-def _log2_ticks(ax: Axes) -> None:
+def log2_ticks(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tokens_text(v)))

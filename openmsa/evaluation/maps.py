@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,12 +75,49 @@ def selection_maps(maps: SelectionMap) -> Figure:
             ax.set_ylabel("query at token")
         for ax in axes[-columns:]:
             ax.set_xlabel("key at token")
-        bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
-        bar.set_label("share of queries")
-        bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        bar.outline.set_visible(False)
+        _selection_bar(figure, image, axes)
     return figure
+
+
+def selections_side_by_side(
+    chosen: Mapping[str, SelectionMap], layers: Sequence[int] | None = None
+) -> Figure:
+    """One row per layer, one column per mechanism, the first group of each; layers: None for the
+    first, the middle and the last. The scale of `selection_maps`.
+    """
+    first = next(iter(chosen.values())).layers
+    layers = sorted({first[0], first[len(first) // 2], first[-1]}) if layers is None else layers
+    with canvas.style():
+        side = (canvas.WIDTH_INCHES - 1.3) / max(len(chosen), 3)
+        figure, axes = canvas.panels(
+            len(layers),
+            len(chosen),
+            height_inches=0.7 + len(layers) * (side + 0.2),
+            sharex=True,
+            sharey=True,
+        )
+        figure.set_layout_engine("compressed", w_pad=0.05, h_pad=0.07)
+        for place, ax in enumerate(axes):
+            layer, (name, found) = (
+                layers[place // len(chosen)],
+                list(chosen.items())[place % len(chosen)],
+            )
+            image = _selection_map(ax, found, found.layers.index(layer), 0)
+            ax.set_title(name if place < len(chosen) else "")
+            if place % len(chosen) == 0:
+                ax.set_ylabel(f"layer {layer}\nquery at token")
+        for ax in axes[-len(chosen) :]:
+            ax.set_xlabel("key at token")
+        _selection_bar(figure, image, axes)
+    return figure
+
+
+def _selection_bar(figure: Figure, image, axes: list[Axes]) -> None:
+    bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
+    bar.set_label("share of queries")
+    bar.set_ticks([0, 0.05, 0.2, 0.5, 1])
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
 
 
 def _selection_map(ax: Axes, maps: SelectionMap, layer: int, group: int):

@@ -1,6 +1,9 @@
 """Dense grouped-query attention (arXiv 2305.13245), the baseline of every comparison.
 
 O[t, h] = softmax over every visible s of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g],   g = h // r
+
+Scored: every visible key, by the attention itself. Shared: keys and values, by the heads of a
+group. Trained by: the model's own loss. Remembered: k and v.
 """
 
 from __future__ import annotations

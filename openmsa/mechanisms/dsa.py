@@ -8,7 +8,7 @@ loss    = mean over t of KL(P[t] || softmax(I[t])),   P = sum over h of softmax(
 
 Scored: single tokens, by a learned index. Shared: one choice by all heads of a query, one index key
 by all index heads. Trained by: the loss, which reaches q_index, k_index and w only; so that the
-index learns from nothing else, its inputs are detached from the model. A cache keeps k, v and
+index learns from nothing else, its inputs are detached from the model. Remembered: k, v and
 k_index; MLA in its MQA form is one KV head: k [b, s, 1, 576] the latent and its rotary part, v its
 first 512 channels.
 

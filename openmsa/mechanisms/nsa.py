@@ -11,9 +11,9 @@ A branch in which a query sees nothing gives 0.
 
 Scored: blocks, by the compressed attention that is computed anyway. Shared: a choice by the heads
 of a group. Trained by: the model's own loss, end to end. It reaches q, k, v, gates and the weights
-w; a choice itself passes nothing on, so scores learn through the compressed branch alone. A cache
-keeps every key and value; it could also keep K and V, which never change once their window is
-full, and today they are computed anew for every step.
+w; a choice itself passes nothing on, so scores learn through the compressed branch alone.
+Remembered: k and v; a cache could also keep K and V, which never change once their window is full,
+and are computed anew for every step today.
 
 Where others differ: the paper maps a window to its K and V by an MLP with position encodings, here
 by a weight per position and channel, which begins as the mean (the mean is what fla takes). The
