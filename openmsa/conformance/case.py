@@ -160,7 +160,7 @@ class Case:
 
 def save_case(case: Case, folder: Path) -> Path:
     """Write `folder`/name.safetensors; the same case gives the same bytes."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     about = {"format": FORMAT, "name": case.name, "trap": case.trap, "wrong": case.wrong}
@@ -177,8 +177,17 @@ def save_case(case: Case, folder: Path) -> Path:
     rule = (case.inputs or case.steps[0].inputs).rule
     about |= {"rule": json.dumps(dataclasses.asdict(rule)), "steps": json.dumps(steps)}
     path = folder / f"{case.name}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, about)
+    made = save({name: tensor.contiguous() for name, tensor in tensors.items()}, about)
+    path.write_bytes(_in_order(made))
     return path
+
+
+def _in_order(made: bytes) -> bytes:
+    """A safetensors file with the entries of its header sorted: they come in any order."""
+    start = 8 + int.from_bytes(made[:8], "little")
+    header = json.dumps(json.loads(made[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + made[start:]
 
 
 def load_case(path: Path) -> Case:

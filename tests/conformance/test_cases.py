@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openmsa.conformance import judge, load_case, shipped_cases
-from openmsa.conformance.case import FOLDER
+from openmsa.conformance.case import FOLDER, save_case
 from openmsa.conformance.make import make
 from openmsa.conformance.recipes import NAMES, RECIPES
 from tests.conformance.tiny import OnlyAttends, Tiny
@@ -53,6 +53,12 @@ def test_vectors_are_made_anew(recipe):
                 assert torch.equal(*(pair[key].nan_to_num(nan=9.0) for pair in pairs)), key
     for key, answer in shipped.expected.items():
         torch.testing.assert_close(made.expected[key], answer, rtol=1e-11, atol=1e-11)
+
+
+def test_the_same_case_gives_the_same_bytes(tmp_path):
+    for name, case in CASES.items():
+        path = save_case(case, tmp_path)
+        assert path.read_bytes() == (FOLDER / path.name).read_bytes(), name
 
 
 def test_inputs_are_exact_in_every_dtype():
