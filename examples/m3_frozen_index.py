@@ -6,8 +6,8 @@ vocabulary, its index with it, and is then fine-tuned on questions in another on
 the same weights: with the index frozen, as transformers leaves it; with the index learning from its
 KL; and with full attention, the most that could be had.
 
-    python examples/m3_frozen_index.py                     a few minutes on two cores
-    python examples/m3_frozen_index.py --steps 20 --tokens 96 --out /tmp/frozen.csv
+    python examples/m3_frozen_index.py                          about ten minutes on two cores
+    python examples/m3_frozen_index.py --steps 250 --tokens 96  about two
 """
 
 from __future__ import annotations

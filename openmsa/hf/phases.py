@@ -18,7 +18,7 @@ DENSE = "dense"
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `model` was converted to any mechanism, or loaded from one that was."""
-    return isinstance(model, MSAModelMixin)
+    return isinstance(_unwrapped(model), MSAModelMixin)
 
 
 def mechanism_of(model: nn.Module) -> str:
@@ -85,9 +85,10 @@ def set_phase(model: nn.Module, phase: str, *, index_loss_weight: float = 1.0) -
         raise ValueError(f"phase must be one of {', '.join(room.PHASES)}, got {phase!r}")
     if not index_loss_weight >= 0:
         raise ValueError(f"index_loss_weight must be at least 0, got {index_loss_weight}")
-    for attention in _converted(model).msa_attentions():
+    converted = _converted(model)
+    for attention in converted.msa_attentions():
         attention.msa_phase = phase
-    model.index_loss_weight = index_loss_weight
+    converted.index_loss_weight = index_loss_weight
 
 
 def added_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -109,8 +110,14 @@ def index_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def freeze_backbone(model: nn.Module, frozen: bool = True) -> None:
     """Train what the conversion added alone (the index), or (frozen=False) everything again.
 
-    Raises ValueError for frozen=True where the mechanism adds nothing that could be trained.
+    Raises ValueError for frozen=True where the mechanism adds nothing that could be trained, and
+    for a model with adapters, which are what is trained.
     """
+    if _unwrapped(model) is not model:
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose adapters are what is trained; to train the "
+            "index alone, put them on the index alone (target_modules of its config)"
+        )
     added = {id(parameter) for _, parameter in added_parameters(model)}
     if frozen and not added:
         raise ValueError(
@@ -139,9 +146,15 @@ def capture_attention(model: nn.Module) -> Iterator[list[AttentionCall]]:
 
 
 def _converted(model: nn.Module) -> MSAModelMixin:
+    """The converted model, also where peft has put adapters around it."""
+    model = _unwrapped(model)
     if not isinstance(model, MSAModelMixin):
         raise ValueError(
             f"model is a {type(model).__name__}, which is not converted; call openmsa.hf.convert "
             "on it first"
         )
     return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -267,12 +267,16 @@ def test_adapters_on_main_and_index_projections_learn(late):
 
 def test_adapters_on_the_index_alone_warm_it_up():
     model = adapted(hf.enable(tiny_m3()), ["indexer.q_proj", "indexer.k_proj"]).train()
-    hf.set_phase(model.get_base_model(), "warmup")
+    hf.set_phase(model, "warmup", index_loss_weight=2.0)
+    assert hf.is_msa(model) and hf.msa_layers(model) == [1, 2]
+    with pytest.raises(ValueError, match="put them on the index alone"):
+        hf.freeze_backbone(model)
     ids, losses = tiny_tokens(2, 40), []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for _ in range(5):
         out = model(input_ids=ids, labels=ids)
         losses.append(out["index_loss"].sum().item())
+        torch.testing.assert_close(out.loss.item(), out["lm_loss"].item() + 2 * losses[-1])
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
