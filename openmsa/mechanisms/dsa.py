@@ -9,8 +9,8 @@ loss    = mean over t of KL(P[t] || softmax(I[t])),   P = sum over h of softmax(
 Scored: single tokens, by a learned index. Shared: one choice by all heads of a query, one index key
 by all index heads. Trained by: the loss, which reaches q_index, k_index and w only; so that the
 index learns from nothing else, its inputs are detached from the model. Remembered: k, v and
-k_index; MLA in its MQA form is one KV head: k [b, s, 1, 576] the latent and its rotary part, v its
-first 512 channels.
+k_index; a cache of MLA in its MQA form is one KV head, k [b, s, 1, 576] the latent and its rotary
+part, v the first 512 channels of k.
 
 Where paper and code differ: the paper has no scale in I. DeepSeek's code multiplies by
 1 / sqrt(d_index) and by 1 / sqrt(index heads), and that is followed: it chooses alike, but the
