@@ -88,7 +88,8 @@ class MSAModelMixin:
     def _with_index_loss(self, out, record: LossRecord, share):
         """`out` with index_loss, lm_loss and the sum of both; share: see `_share`."""
         attentions = [m for m in self.msa_attentions() if m.layer_idx in record.losses]
-        gather_for_backward(self, [(m, record.losses[m.layer_idx]) for m in attentions])
+        losses = [(m, record.losses[m.layer_idx]) for m in attentions]
+        gather_for_backward(self, losses, frozen=not out.logits.requires_grad)
         device = out.logits.device
         layers = torch.stack([record.losses[i].to(device) for i in sorted(record.losses)])
         fields = {**out, "lm_loss": out.loss, "index_loss": layers}

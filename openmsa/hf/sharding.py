@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.distributed import is_available
 
 
-def gather_for_backward(model: nn.Module, losses: Iterable[tuple[nn.Module, Tensor]]) -> None:
+def gather_for_backward(
+    model: nn.Module, losses: Iterable[tuple[nn.Module, Tensor]], *, frozen: bool
+) -> None:
     """Let each index loss find the weights of its layer when it goes backward.
 
-    losses: (attention module, scalar) of every sparse layer. Nothing happens where `model` is not
-    sharded by torch.distributed.fsdp.fully_shard.
+    losses: (attention module, scalar) of every sparse layer. frozen: whether the model's output has
+    no gradient. Nothing happens where no part of `model` is sharded by
+    torch.distributed.fsdp.fully_shard.
+    Raises ValueError where it is frozen and its layers are sharded with nothing around them.
     """
     owners = _owners(model)
     if not owners:
@@ -25,8 +29,14 @@ def gather_for_backward(model: nn.Module, losses: Iterable[tuple[nn.Module, Tens
     gathered: list[nn.Module] = []
     for attention, loss in losses:
         owner = owners.get(attention)
-        if owner is not None and owner is not model and loss.requires_grad:
-            loss.register_hook(lambda _, owner=owner: _gather(owner, gathered))
+        if owner is None or owner is model or not loss.requires_grad:
+            continue
+        if frozen and owner._get_fsdp_state()._is_root:
+            raise ValueError(
+                "the layers are sharded and the backbone is frozen: call fully_shard on the model "
+                "as well, for its loss alone tells FSDP that the backward pass begins"
+            )
+        loss.register_hook(lambda _, owner=owner: _gather(owner, gathered))
 
 
 def _gather(owner: nn.Module, gathered: list[nn.Module]) -> None:
@@ -42,8 +52,6 @@ def _owners(model: nn.Module) -> dict[nn.Module, nn.Module]:
         return {}
     from torch.distributed.fsdp import FSDPModule
 
-    if not isinstance(model, FSDPModule):
-        return {}
     owners: dict[nn.Module, nn.Module] = {}
     for module in model.modules():  # outer modules come before inner ones
         if isinstance(module, FSDPModule):

@@ -113,6 +113,7 @@ def shortly(rank: int) -> None:
     check(rank, "fsdp", "sparse", frozen=False)
     check(rank, "fsdp", "warmup", frozen=True)
     in_bf16(rank)
+    without_a_root()
 
 
 def at_length(rank: int) -> None:
@@ -122,6 +123,17 @@ def at_length(rank: int) -> None:
                 for checkpointed in (False, True):
                     check(rank, wrap, phase, frozen, checkpointed)
     in_bf16(rank)
+
+
+def without_a_root() -> None:
+    """Layers alone would never hand over the gradients of an index loss that comes alone."""
+    model = trained("warmup", frozen=True)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    with pytest.raises(ValueError, match="call fully_shard on the model "):
+        model(**batch([0]))
+    hf.freeze_backbone(model, frozen=False)
+    model(**batch([0])).loss.backward()
 
 
 def in_bf16(rank: int) -> None:

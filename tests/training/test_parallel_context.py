@@ -68,8 +68,15 @@ def alone(batch, *how, **more):
     model = trained(*how, **more)
     out = model(**batch)
     out.loss.backward()
-    index_loss = getattr(out, "index_loss", torch.zeros(()))
+    index_loss = getattr(out, "index_loss", torch.zeros(0))
     return out.loss.detach(), index_loss.detach(), gradients(model)
+
+
+def assert_total(found, single, truth, what: str) -> None:
+    """The sum over the processes."""
+    found = found.detach().clone()
+    dist.all_reduce(found)
+    assert_as_good_as_eager(found, single, truth, what)
 
 
 def check(batch: dict, phase: str, what: str, **more) -> None:
@@ -78,15 +85,11 @@ def check(batch: dict, phase: str, what: str, **more) -> None:
     inputs = hf.split_context(batch)
     out = model(**inputs)
     out.loss.backward()
-    index_loss = getattr(out, "index_loss", torch.zeros(()))
+    index_loss = getattr(out, "index_loss", torch.zeros(0))
     share = inputs["context"].num_queries / inputs["context"].num_tokens
-    for name, found, expected in (
-        ("loss", out.loss, (single[0], truth[0])),
-        ("index loss", index_loss * share, (single[1], truth[1])),
-    ):
-        found = found.detach().clone()
-        dist.all_reduce(found)
-        assert_as_good_as_eager(found, *expected, f"{what}: {name}")
+    assert_total(out.loss, single[0], truth[0], f"{what}: loss")
+    for losses in zip(index_loss * share, single[1], truth[1], strict=True):
+        assert_total(*losses, f"{what}: index loss")
     found = gradients(model)
     assert found.keys() == single[2].keys(), what
     for name, gradient in found.items():
