@@ -105,7 +105,7 @@ def render(comparison: Comparison, drawn: Mapping[str, Figure]) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Who came closest to the first contender, and who decodes fastest, in one sentence."""
+    """Who came closest to the first contender in perplexity, and who answered most questions."""
     first, *others = comparison.contenders
     if not others:
         return f"Only {first.mechanism} was measured."

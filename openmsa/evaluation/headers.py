@@ -32,5 +32,5 @@ def facts_of(mechanism: str) -> dict[str, str]:
 
 def title_of(mechanism: str) -> str:
     """The first line of its header, without the equations' sources."""
-    first = header_of(mechanism).strip().split("\n\n")[0]
-    return " ".join(first.split()).split(", in our letters")[0].rstrip(".")
+    first = " ".join(header_of(mechanism).strip().split("\n\n")[0].split())
+    return re.sub(r",(?: equations \d+ to \d+)? in our letters.*", "", first).rstrip(".")
