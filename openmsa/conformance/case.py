@@ -46,7 +46,7 @@ class Inputs:
 
     dout [b, t, h, dv]: gradients are those of sum(out * dout) + index loss. blocks int32 [b, g, t,
     top_k]: the selection to attend to; `imposed`: not the one that the rule would choose.
-    row_weights [b, t] weigh the loss. mask bool [b, s]: the real tokens of padded rows (t = s).
+    row_weights [b, t] weigh the loss. mask bool [b, s]: the real tokens of padded rows.
     cu_seqlens_q, cu_seqlens_k int32 [n + 1]: packed sequences, b = 1.
     """
 
@@ -103,12 +103,18 @@ class Inputs:
             return [Span(slice(0, 1), *pair) for pair in zip(*pairs)]
         if self.mask is None:
             return [Span(slice(None), slice(None), slice(None))]
-        spans = []
+        spans, before = [], self.k.shape[1] - self.q.shape[1]
         for row, real in enumerate(self.mask):
             where = real.nonzero().flatten().tolist()
-            tokens = slice(where[0], where[-1] + 1)
-            spans.append(Span(slice(row, row + 1), tokens, tokens))
+            first, last = where[0], where[-1] + 1
+            queries = slice(max(first - before, 0), max(last - before, 0))
+            spans.append(Span(slice(row, row + 1), queries, slice(first, last)))
         return spans
+
+    @property
+    def real_queries(self) -> Tensor | None:
+        """bool [b, t], of padded rows."""
+        return None if self.mask is None else self.mask[:, -self.q.shape[1] :]
 
     def only(self, span: Span) -> Inputs:
         """One sequence of it, neither padded nor packed."""

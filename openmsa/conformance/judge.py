@@ -210,7 +210,9 @@ def _judge_steps(adapter: Adapter, case: Case, dtype, device) -> Iterator[Verdic
             return
         if step.do == "append":
             guide = _eager_step(case, len(done) - 1, dtype)
-            why, numbers = close(torch.as_tensor(got).detach().cpu(), guide, step.out)
+            tensors = (torch.as_tensor(got).detach().cpu(), guide, step.out)
+            real = step.inputs.real_queries
+            why, numbers = close(*(tensors if real is None else (x[real] for x in tensors)))
             yield Verdict(case.name, check, FAIL if why else PASS, why, **numbers)
 
 
@@ -236,7 +238,8 @@ def history(steps) -> Inputs:
     held: dict[str, Tensor] = {}
     for step in steps:
         if step.do == "append":
-            new = {name: getattr(step.inputs, name) for name in (*MAIN[1:], "k_index")}
+            named = step.inputs.tensors()
+            new = {n: named[n] for n in (*MAIN[1:], "k_index", "mask") if n in named}
             held = {n: torch.cat([held[n], x], 1) if held else x for n, x in new.items()}
         elif step.do == "crop":
             held = {name: x[:, : step.length] for name, x in held.items()}

@@ -221,6 +221,12 @@ RECIPES = (
         traps.reloaded,
     ),
     Recipe(
+        "cache_padding",
+        "token by token behind a batch that was padded on the left",
+        "counts blocks from the padded slot, or loses the padding after the prompt",
+        traps.padded_decode,
+    ),
+    Recipe(
         "cache_prefix",
         "a prefix that ends in the middle of a block is reused by two continuations",
         "keeps a block's score from the tokens that were there before",

@@ -146,8 +146,14 @@ def large_logits() -> Inputs:
     return x.replace(q=x.q * 64)
 
 
-def append(seed: int, tokens: int, b: int = 1) -> Step:
-    return Step("append", inputs(seed, b=b, s=tokens).replace(dout=None))
+def append(seed: int, tokens: int, b: int = 1, padding: int | None = None) -> Step:
+    """padding: so many tokens of row 0 are padding, on the left."""
+    x = inputs(seed, b=b, s=tokens).replace(dout=None)
+    if padding is not None:
+        mask = torch.ones(b, tokens, dtype=torch.bool)
+        mask[0, :padding] = False
+        x = x.replace(mask=mask)
+    return Step("append", x)
 
 
 def crop(length: int) -> Step:
@@ -182,6 +188,10 @@ def reordered() -> tuple[Step, ...]:
 
 def reloaded() -> tuple[Step, ...]:
     return (append(70, 23), Step("reload"), append(71, 1), append(72, 4))
+
+
+def padded_decode() -> tuple[Step, ...]:
+    return (append(90, 31, 2, 11), *(append(91 + i, 1, 2, 0) for i in range(4)))
 
 
 def forked() -> tuple[Step, ...]:

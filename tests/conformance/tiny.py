@@ -172,6 +172,7 @@ class TinyCache(Cache):
 
     def append(self, x: Inputs) -> Tensor:
         new = {"k": x.k, "v": x.v, "k_index": x.k_index}
+        new |= {} if x.mask is None else {"mask": x.mask}
         self.held = {n: torch.cat([self.held[n], y], 1) if self.held else y for n, y in new.items()}
         self.held["k_index"] = self.held["k_index"][:, : self.held["k"].shape[1]]
         x = x.replace(**self.held)

@@ -101,8 +101,8 @@ class CountsBlocksFromTheSlot(Tiny):
     def spans(self, x: Inputs) -> list[Span]:
         if x.mask is None:
             return super().spans(x)
-        whole = slice(0, x.q.shape[1])
-        return [Span(slice(row, row + 1), whole, whole) for row in range(x.q.shape[0])]
+        whole = (slice(0, x.q.shape[1]), slice(0, x.k.shape[1]))
+        return [Span(slice(row, row + 1), *whole) for row in range(x.q.shape[0])]
 
 
 class DividesByRows(CountsBlocksFromTheSlot):
@@ -293,5 +293,6 @@ WRONG = {
     "cache_crop": (cached(CropsNoIndex),),
     "cache_reorder": (cached(ReordersNoIndex),),
     "cache_reload": (cached(ReloadsNoIndex),),
+    "cache_padding": (CountsBlocksFromTheSlot,),
     "cache_prefix": (cached(CropsWholeBlocks),),
 }

@@ -106,6 +106,8 @@ class _Session(Cache):
 
     def append(self, x: Inputs) -> Tensor:
         self.engine.check(x)
+        if x.mask is not None and not x.mask.all():
+            self.cache = self.engine.new_cache((~x.mask).sum(1).tolist())
         channels = Channels(x)
         out = self.engine.layer(x, channels)(to_mlx(channels.hidden(x)), self.cache)
         return to_torch(out).unflatten(-1, x.q.shape[2:])

@@ -99,22 +99,23 @@ class _Layout:
     """A padded batch becomes packed sequences, and back."""
 
     def __init__(self, x: Inputs):
-        self.mask, self.borders = x.mask, {}
+        self.mask, self.queries, self.borders = x.mask, x.real_queries, {}
         if x.packed:
             self.borders = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
         if x.mask is not None:
-            borders = x.mask.sum(1).cumsum(0, dtype=torch.int32)
-            borders = torch.nn.functional.pad(borders, (1, 0))
-            self.borders = {"cu_seqlens_q": borders, "cu_seqlens_k": borders}
+            for name, real in (("cu_seqlens_q", self.queries), ("cu_seqlens_k", self.mask)):
+                borders = real.sum(1).cumsum(0, dtype=torch.int32)
+                self.borders[name] = torch.nn.functional.pad(borders, (1, 0))
 
     def pack(self, y: Tensor) -> Tensor:
-        return y if self.mask is None else y[self.mask][None]
+        """y [b, t, ...] or [b, s, ...]"""
+        return y if self.mask is None else y[self.mask[:, -y.shape[1] :]][None]
 
     def unpack(self, y: Tensor) -> Tensor:
         if self.mask is None:
             return y
-        whole = y.new_zeros(*self.mask.shape, *y.shape[2:])
-        return whole.index_put(tuple(self.mask.nonzero().T), y[0])
+        whole = y.new_zeros(*self.queries.shape, *y.shape[2:])
+        return whole.index_put(tuple(self.queries.nonzero().T), y[0])
 
     def unpack_blocks(self, blocks: Tensor) -> Tensor:
         return self.unpack(blocks.transpose(1, 2)).transpose(1, 2)
@@ -133,13 +134,16 @@ class _Cache(Cache):
         except ModuleNotFoundError as error:
             raise NotOffered(f"a cache without the package {error.name}") from error
         self.engine, self.rule, self.layer = engine, rule, MSACacheLayer()
+        self.mask = None
 
     @torch.no_grad()
     def append(self, x: Inputs) -> Tensor:
         self.layer.stage(x.k_index)
         k, v = self.layer.update(x.k.transpose(1, 2), x.v.transpose(1, 2))
         held = {"k": k.transpose(1, 2), "v": v.transpose(1, 2), "k_index": self.layer.take_index()}
-        x = x.replace(**held)
+        if x.mask is not None:
+            self.mask = x.mask if self.mask is None else torch.cat([self.mask, x.mask], 1)
+        x = x.replace(**held, mask=self.mask)
         x = x.replace(blocks=self.engine.select(x))
         return self.engine.attend(x)[0]
 

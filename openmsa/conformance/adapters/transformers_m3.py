@@ -154,7 +154,7 @@ class Layer:
 
 class Session(Cache):
     def __init__(self):
-        self.cache = None
+        self.cache = self.mask = None
 
     @torch.no_grad()
     def append(self, x: Inputs) -> Tensor:
@@ -166,7 +166,10 @@ class Session(Cache):
             self.cache = DynamicCache(config=layer.config)
         held, new = self.cache.get_seq_length(), x.q.shape[1]
         positions = torch.arange(held, held + new, device=x.q.device).expand(x.q.shape[0], -1)
-        return layer.run(layer.channels.hidden(x), self.cache, positions)
+        if x.mask is not None:
+            self.mask = x.mask if self.mask is None else torch.cat([self.mask, x.mask], 1)
+            positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        return layer.run(layer.channels.hidden(x), self.cache, positions, self.mask)
 
     def crop(self, length: int) -> None:
         self.cache.crop(length - self.cache.get_seq_length())
