@@ -6,7 +6,7 @@ chip that it serves, without spills; which of several such rules is fastest is f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from openmsa.ops.gpu import Gpu
 
@@ -26,11 +26,18 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+def _fp32(key: int) -> Launch:
+    """Three products for one, in registers: small tiles."""
+    if key <= 256:
+        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
+    return Launch(rows=16, keys=32 if key <= 512 else 16, num_warps=8, num_stages=1)
+
+
 def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
     """A program that owns queries and walks over keys; width: padded channels of both factors."""
     key = width * itemsize
     if itemsize == 4:
-        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
+        return _fp32(key)
     if key > 512:
         return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=4, num_stages=2)
     if gpu.hip:
@@ -40,21 +47,29 @@ def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
 
 def for_prefixes(width: int, itemsize: int, gpu: Gpu) -> Launch:
     """As for_tiles, but all rows of a tile read the same keys, so that a larger one wastes none."""
-    if width * itemsize > 512 or gpu.capability < 90 or gpu.hip:
+    if width * itemsize > 512 or gpu.hip:
         return for_tiles(width, itemsize, gpu)
-    return Launch(rows=128, keys=64, num_warps=8, num_stages=2)
+    # Below Hopper four warps spill with 64 rows, and eight with 128.
+    return Launch(rows=128 if gpu.capability >= 90 else 64, keys=64, num_warps=8, num_stages=2)
+
+
+def for_losses(width: int, itemsize: int, gpu: Gpu) -> Launch:
+    """As for_tiles, for the index loss; four warps would spill on Blackwell."""
+    made = for_tiles(width, itemsize, gpu)
+    return replace(made, num_warps=8) if gpu.capability >= 100 else made
 
 
 def for_owners(width: int, itemsize: int, gpu: Gpu) -> Launch:
     """A program that owns keys and walks over the queries that read them."""
     key = width * itemsize
     if itemsize == 4:
-        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
+        return _fp32(key)
     if key > 512:
         return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=8, num_stages=1)
     if gpu.hip:
         return Launch(rows=32, keys=32, num_warps=4, num_stages=2)
-    return Launch(rows=64, keys=64, num_warps=8, num_stages=2)
+    spills = gpu.capability < 90 and key <= 256
+    return Launch(rows=32 if spills else 64, keys=64, num_warps=8, num_stages=2)
 
 
 def splits_for(programs: int, steps: int, gpu: Gpu) -> int:

@@ -35,7 +35,7 @@ KERNELS = {
     "attend": (attend, triton_launch.for_tiles),
     "tile_gradients": (tile_gradients, triton_launch.for_tiles),
     "owner_gradients": (owner_gradients, triton_launch.for_owners),
-    "tile_loss": (tile_loss, triton_launch.for_tiles),
+    "tile_loss": (tile_loss, triton_launch.for_losses),
     "owner_loss": (owner_loss, triton_launch.for_owners),
 }
 FULL = ("lse", "delta", "parts", "weights", "kl", "student_lse")
@@ -47,6 +47,8 @@ WHOLE = (torch.bfloat16, 4096, 16, 128, None, True)
 OTHERS = {
     "fp16": (torch.float16, 4096, 16, 128, 128, False),
     "fp32": (FP32, 4096, 16, 128, 128, False),
+    "fp32 narrow": (FP32, 4096, 4, 64, 64, False),
+    "fp32 narrowest": (FP32, 4096, 4, 32, 64, False),
     "narrow": (torch.bfloat16, 4096, 4, 64, 64, False),
     "wide": (torch.bfloat16, 4096, 8, 256, 256, False),
     "odd": (torch.bfloat16, 4096, 6, 80, 48, False),

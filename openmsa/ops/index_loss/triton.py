@@ -155,7 +155,7 @@ class _Work:
         from openmsa.ops.index_loss import triton_loss
 
         (b, t), g = self.q.shape[:2], self.k.shape[2]
-        shape, launch = self.shaped(triton_launch.for_tiles)
+        shape, launch = self.shaped(triton_launch.for_losses)
         kl, student_lse = (lse.new_empty(b, t, g) for _ in range(2))
         dq = torch.empty(self.q_index.shape, dtype=torch.float32, device=lse.device)
         members = triton_rows.reads_of(self.members(shape), self.k.shape[1], shape, lse)
