@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,12 +95,7 @@ def contend(
         autocast_dtype=autocast_dtype,
         progress=progress,
     )
-    wanted = [("prefill", n) for n in prefill_tokens] + [("training", n) for n in training_tokens]
-    passes = []
-    for number, (kind, num_tokens) in enumerate(wanted):
-        passes.append(pass_time(model, num_tokens, kind=kind))
-        if progress is not None:
-            progress("passes", number + 1, len(wanted))
+    lengths = {"prefill": prefill_tokens, "training": training_tokens}
     return Contender(
         mechanism=hf.mechanism_of(model),
         config=_config(model),
@@ -109,9 +104,17 @@ def contend(
         added_parameters=_added(model),
         cache_bytes=_cache_bytes(model),
         evidence=evidence,
-        passes=tuple(passes),
+        passes=tuple(_timed(model, lengths, progress)),
         selection=_map(model, sequences, autocast_dtype),
     )
+
+
+def _timed(model, lengths: dict[str, Sequence[int]], progress) -> Iterator[PassTime]:
+    wanted = [(kind, num_tokens) for kind, every in lengths.items() for num_tokens in every]
+    for number, (kind, num_tokens) in enumerate(wanted):
+        yield pass_time(model, num_tokens, kind=kind)
+        if progress is not None:
+            progress("passes", number + 1, len(wanted))
 
 
 def _config(model) -> str:
