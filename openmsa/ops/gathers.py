@@ -144,7 +144,10 @@ def all_finite(x: Tensor) -> bool:
     """Whether x [b, s, g, d] is known to be finite: only a CPU is asked, it would stall others."""
     if x.device.type != "cpu":
         return False
-    return bool(x.sum(-1, dtype=accumulate_dtype(x)).isfinite().all())
+    # A CPU sums low precision through a copy in fp32: some tokens at a time.
+    at_once = rows_at_once(4 * x[:, :1].numel() or 1, x.device, wanted=16)
+    sums = (part.sum(-1, dtype=accumulate_dtype(x)) for part in x.split(at_once, 1))
+    return all(bool(part.isfinite().all()) for part in sums)
 
 
 def hide(x: Tensor, hidden: Tensor, *spoilt: Tensor) -> Tensor:

@@ -64,10 +64,11 @@ def _forward(
     sums = accumulate_dtype(q_index)
     rows = torch.ones(q.shape[:2], device=q.device) if row_weights is None else row_weights
     rows = rows.to(sums)
-    loss, *gradients = _empty(q_index, k_index, head_weights, with_gradient)
-    for x in (loss, *gradients):
+    results = _empty(q_index, k_index, head_weights, with_gradient)
+    for x in results:
         x.zero_()
-    work = _Work(q, k, q_index, k_index, head_weights, scale, index_scale, loss, *gradients)
+    finite = gathers.all_finite(k), gathers.all_finite(k_index[:, :, None])
+    work = _Work(q, k, q_index, k_index, head_weights, scale, index_scale, *results, *finite)
     where = cu_seqlens_q, cu_seqlens_k
     pieces = work.prefixes(*where)
     if blocks is not None:
@@ -77,6 +78,7 @@ def _forward(
             _add(work, piece, piece.queries(rows[..., None]))
     total = rows.sum()
     share = torch.where(total == 0, 0, 1 / total)
+    loss, *gradients = results
     return loss.mul_(share), *(x.mul_(share * index_scale) for x in gradients)
 
 
@@ -106,10 +108,10 @@ class _Prefix:
     def put(self, x: Tensor, values: Tensor) -> None:
         self.queries(x).copy_(values)
 
-    def keys(self, x: Tensor, head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x [b, s, g, d] -> tokens [1, K, d], and which of them are not finite [1, K] and zeroed"""
+    def keys(self, x: Tensor, head: int, dtype: torch.dtype, sound: bool) -> tuple[Tensor, ...]:
+        """x [b, s, g, d] -> tokens [1, K, d] and, unless x is sound, which are not finite [1, K]"""
         rows = x[self.piece.batch, self.piece.keys, head][None].to(dtype)
-        return tile_scores.clean(rows)[::-1]
+        return (rows,) if sound else tile_scores.clean(rows)[::-1]
 
     def add(self, total: Tensor, head: int, rows: Tensor) -> None:
         """total [b, s, g, d] += rows [1, K, d] where `keys` takes them from."""
@@ -131,6 +133,8 @@ class _Work:
     dq: Tensor
     dk: Tensor
     dw: Tensor
+    sound: bool  # all of k is finite
+    sound_index: bool
 
     @property
     def with_gradient(self) -> bool:
@@ -163,7 +167,8 @@ class _Work:
 def _add(work: _Work, piece, row_weights: Tensor) -> None:
     """Add a piece to loss, dq, dk and dw; row_weights [C, 1]."""
     teacher = _teacher(work, piece).to(work.loss.dtype)
-    keys, spoilt = piece.keys(work.k_index[:, :, None], 0, work.loss.dtype)
+    index_keys = work.k_index[:, :, None]
+    keys, *spoilt = piece.keys(index_keys, 0, work.loss.dtype, work.sound_index)
     q = piece.queries(work.q_index).to(keys.dtype)
     w = piece.queries(work.head_weights[..., None]).to(keys.dtype)
     y = torch.zeros_like(teacher)
@@ -171,7 +176,7 @@ def _add(work: _Work, piece, row_weights: Tensor) -> None:
     for some in slices:
         heads = gathers.scores(q[:, some], keys, 1.0).relu_()
         y.add_((w[:, some].mT @ heads)[:, 0])
-    y = gathers.hide(y.mul_(work.index_scale)[:, None], piece.hidden, spoilt)[:, 0]
+    y = gathers.hide(y.mul_(work.index_scale)[:, None], piece.hidden, *spoilt)[:, 0]
 
     # Where a weight is 0 its logarithm is -inf, and 0 * -inf would be NaN.
     number = torch.finfo(teacher.dtype)
@@ -202,11 +207,11 @@ def _teacher(work: _Work, piece) -> Tensor:
     q = piece.queries(work.q).to(factor)
     total = 0
     for head in range(g):
-        keys, spoilt = piece.keys(work.k, head, factor)
+        keys, *spoilt = piece.keys(work.k, head, factor, work.sound)
         own = q.unflatten(1, (g, -1))[:, head]
         for some in work.some_heads(own.shape[1], len(q), keys.shape[1]):
             x = gathers.scores(own[:, some], keys, work.scale)
-            total = total + gathers.softmax_(gathers.hide(x, piece.hidden, spoilt))[0].sum(1)
+            total = total + gathers.softmax_(gathers.hide(x, piece.hidden, *spoilt))[0].sum(1)
     return total / work.q.shape[2]
 
 
