@@ -30,8 +30,9 @@ def sparse_attention(
     q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value]; head i belongs to KV head i // (h / g).
     `selection` has 1, g or h groups. Queries are the last t of the s keys of their sequence. scale:
     default 1 / sqrt(d). Empty slots (-1), blocks outside the sequence and repeated blocks add
-    nothing. Packed sequences: batch 1, cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]; their
-    contents are checked on the CPU only.
+    nothing. Blocks with no more tokens than the selection's groups have heads, such as single
+    tokens, are gathered query by query: by torch on `portable` and `triton`. Packed sequences:
+    batch 1, cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]; checked on the CPU only.
 
     Returns out [b, t, h, d_value] and, with `return_lse`, the natural log of the sum of
     exponentiated scaled scores, fp32 [b, t, h]. A query with nothing selected has output 0, lse

@@ -1,5 +1,8 @@
 """Attention over selected blocks on a GPU: tiles of neighbouring queries over their blocks' union.
 
+Blocks with no more tokens than a group has heads are gathered in torch instead: a tile's union of
+thousands of tokens would be longer to find than to read.
+
 The kernels are in `openmsa.ops.triton_attend` and `openmsa.ops.triton_attend_backward`. Triton is
 imported where it runs, so that this file can be read without it.
 """
@@ -11,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from openmsa.ops import gathered_attention as gathered
 from openmsa.ops import triton_launch
 from openmsa.ops.gpu import gpu_of
 from openmsa.selection import Selection
@@ -47,6 +51,12 @@ def _forward(
     if blocks.numel() == 0:
         out, lse = _empty(q, v)
         return out.zero_(), lse.fill_(-math.inf)
+    if gathered.serves(q, k, blocks, block_size):
+        out, lse = _empty(q, v)
+        out, lse = out.zero_(), lse.fill_(-math.inf)
+        work = gathered.Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+        gathered.attend(work, scale, out, lse)
+        return out, lse
     work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
     shape, launch = work.tiles()
     members = work.members(shape)
@@ -129,6 +139,9 @@ def _backward(
 
     if blocks.numel() == 0:
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    if gathered.serves(q, k, blocks, block_size):
+        work = gathered.Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
+        return gathered.gradients(work, scale, dout)
     work = _Work(q, k, v, blocks, block_size, cu_seqlens_q, cu_seqlens_k)
     shape, launch = work.tiles()
     dout, inputs = dout.contiguous(), (q, k, v, lse)
