@@ -57,7 +57,7 @@ def _decided(recipe: Recipe, x: Inputs) -> None:
         t, s = one.q.shape[1], one.k.shape[1]
         score = torch.einsum("btgi,bsi->bgts", one.q_index.double(), one.k_index.double())
         position = torch.arange(s - t, s)[:, None]
-        score = score.masked_fill(torch.arange(s) > position, -torch.inf)
+        score = score.masked_fill((torch.arange(s) > position) | score.isnan(), -torch.inf)
         blocks = -(-s // rule.block_size)
         score = torch.nn.functional.pad(score, (0, blocks * rule.block_size - s), value=-torch.inf)
         best = score.unflatten(-1, (blocks, rule.block_size)).amax(-1)

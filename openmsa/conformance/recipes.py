@@ -78,7 +78,6 @@ RECIPES = (
         "NaN scores are the lowest, also in the first block of a row",
         "sorts NaN above all numbers, or lets it reach the whole row",
         traps.not_numbers,
-        ties=True,
         with_loss=False,
     ),
     Recipe(
