@@ -38,6 +38,8 @@ def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
     key = width * itemsize
     if itemsize == 4:
         return _fp32(key)
+    if key > 512 and gpu.hip:
+        return Launch(rows=32, keys=16, num_warps=8, num_stages=1)
     if key > 512:
         return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=4, num_stages=2)
     if gpu.hip:
@@ -65,7 +67,8 @@ def for_owners(width: int, itemsize: int, gpu: Gpu) -> Launch:
     if itemsize == 4:
         return _fp32(key)
     if key > 512:
-        return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=8, num_stages=1)
+        rows = 16 if gpu.hip else 32
+        return Launch(rows=rows, keys=32 if key <= 1024 else 16, num_warps=8, num_stages=1)
     if gpu.hip:
         return Launch(rows=32, keys=32, num_warps=4, num_stages=2)
     spills = gpu.capability < 90 and key <= 256
