@@ -70,7 +70,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> bool:
-    """Give free memory back and let `peak_bytes` count from now on; False where Linux is missing."""
+    """Give free memory back and let `peak_bytes` count from now on; False where that fails."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from openmsa.evaluation.comparison import Lengths
 from openmsa.mechanisms.dsa import DSAConfig
 from openmsa.mechanisms.infllm2 import InfLLM2Config
 from openmsa.mechanisms.moba import MoBAConfig
@@ -49,9 +50,7 @@ class ComparePlan:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     examples_per_cell: int = 10
     tasks: tuple[str, ...] = ("passkey", "multi_key", "key_value")
-    decode_contexts: tuple[int, ...] = ()
-    prefill_tokens: tuple[int, ...] = ()
-    training_tokens: tuple[int, ...] = ()
+    lengths: Lengths = field(default_factory=Lengths)
     budget: int = BUDGET
 
     @property
@@ -61,24 +60,22 @@ class ComparePlan:
         return made(self.warm_steps, self.sparse_steps)
 
 
-LENGTHS = {"contexts": (256, 512, 1024), "decode_contexts": (1024, 4096, 16384, 65536)}
-PASSES = {"prefill_tokens": (2048, 8192, 32768), "training_tokens": (2048, 8192)}
-SHORT_LENGTHS = {"contexts": (512,), "decode_contexts": (1024, 4096)}
-SHORT_PASSES = {"prefill_tokens": (1024, 2048), "training_tokens": (1024,)}
+TIMED = Lengths((1024, 4096, 16384, 65536), (2048, 8192, 32768), (2048, 8192))
+TIMED_SHORT = Lengths((1024, 4096), (1024, 2048), (1024,))
 PLANS = {
-    ("dense", False): ComparePlan("dense", 80, 60, 24, 2048, **LENGTHS, **PASSES),
+    ("dense", False): ComparePlan("dense", 80, 60, 24, 2048, (256, 512, 1024), lengths=TIMED),
     ("scratch", False): ComparePlan("scratch", 60, 200, 48, 512),
     ("dense", True): ComparePlan(
         "dense",
-        2,
-        2,
-        4,
-        1024,
+        warm_steps=2,
+        sparse_steps=2,
+        num_texts=4,
+        text_tokens=1024,
+        contexts=(512,),
         depths=(0.0, 0.5),
         examples_per_cell=1,
         tasks=("passkey", "key_value"),
-        **SHORT_LENGTHS,
-        **SHORT_PASSES,
+        lengths=TIMED_SHORT,
     ),
     ("scratch", True): ComparePlan("scratch", 3, 3, 4, 512),
 }

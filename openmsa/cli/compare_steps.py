@@ -97,7 +97,7 @@ class _Comparing:
         folder = self.out / "models" / name
         say(f"{name}: training, {recipe.tokens:,} tokens")
         with progress(f"training {name}", sum(phase.steps for phase in recipe.phases)) as bar:
-            model = train(
+            train(
                 recipe,
                 model=model,
                 tokenizer=self.tokenizer,
@@ -105,8 +105,10 @@ class _Comparing:
                 callbacks=(step_counter(recipe, bar),),
                 say=say,
             )
+        last = f"{len(recipe.phases) - 1}-{recipe.phases[-1].name}"
         losses = [line.get("lm_loss", line.get("loss")) for line in history(folder)]
         losses = [loss for loss in losses if loss is not None]
+        model = load_model(str(folder / last / "model"), dtype="float32")
         say(f"{name}: measuring")
         with progress(f"measuring {name}") as bar:
             return contend(
@@ -116,9 +118,7 @@ class _Comparing:
                 plan=self.questions,
                 train_tokens=recipe.tokens,
                 train_loss=losses[-1] if losses else None,
-                decode_contexts=self.plan.decode_contexts,
-                prefill_tokens=self.plan.prefill_tokens,
-                training_tokens=self.plan.training_tokens,
+                lengths=self.plan.lengths,
                 autocast_dtype=torch.bfloat16 if fast_bf16() else None,
                 progress=lambda what, done, total: bar.show(done, total),
             )
@@ -171,6 +171,7 @@ class _Comparing:
             "phases": "an index warms up on the first of them (MSA, DSA); what has none trains "
             "everything, sparse, on both; dense trains everything on both",
             "texts": f"{len(self.texts)} held-out pieces of {plan.text_tokens:,} tokens",
+            "times": "whole model, batch 1; dense attends by the native kernels of OpenMSA as well",
             "questions": f"{asked} per task and length",
             **machine_settings(),
         }

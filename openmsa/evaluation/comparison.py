@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from openmsa.evaluation.inspection import SelectionMap, selection_map
 from openmsa.evaluation.passes import PassTime, pass_time
 from openmsa.evaluation.perplexity import PairedDifference, compare
 from openmsa.evaluation.retrieval import RetrievalPlan
+from openmsa.inference.timing import DecodeTime, decode_time, filled_cache
+from openmsa.mechanisms.window import WindowConfig
 
 MAPPED_TEXTS = 4
 
@@ -68,6 +71,15 @@ class Comparison:
         return {c.mechanism: compare(reference, c.evidence.perplexity) for c in others}
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Which contexts and sequences are timed, in tokens."""
+
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    training: tuple[int, ...] = ()
+
+
 def contend(
     model,
     tokenizer,
@@ -76,45 +88,60 @@ def contend(
     plan: RetrievalPlan | None,
     train_tokens: int,
     train_loss: float | None = None,
-    decode_contexts: Sequence[int] = (),
-    prefill_tokens: Sequence[int] = (),
-    training_tokens: Sequence[int] = (),
+    lengths: Lengths | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Contender:
     """Measure one trained model, dense or of any mechanism, in its present phase.
 
-    The arguments of `evaluation.evidence.measure`, and the lengths of the passes to time.
+    The arguments of `evaluation.evidence.measure`, and what is timed. A dense model is timed with
+    the dense attention of OpenMSA, which the others use too where they are dense.
     """
-    evidence = measure(
-        model,
-        tokenizer,
-        sequences,
-        plan=plan,
-        decode_contexts=decode_contexts,
-        autocast_dtype=autocast_dtype,
-        progress=progress,
-    )
-    lengths = {"prefill": prefill_tokens, "training": training_tokens}
-    return Contender(
-        mechanism=hf.mechanism_of(model),
-        config=_config(model),
-        train_tokens=train_tokens,
-        train_loss=train_loss,
-        added_parameters=_added(model),
-        cache_bytes=_cache_bytes(model),
-        evidence=evidence,
-        passes=tuple(_timed(model, lengths, progress)),
-        selection=_map(model, sequences, autocast_dtype),
-    )
+    how = {"autocast_dtype": autocast_dtype, "progress": progress}
+    evidence = measure(model, tokenizer, sequences, plan=plan, **how)
+    mechanism, config, added = hf.mechanism_of(model), _config(model), _added(model)
+    selection = _map(model, sequences, autocast_dtype)
+    with _our_dense(model):
+        decode, passes = _timed(model, lengths or Lengths(), progress)
+        return Contender(
+            mechanism=mechanism,
+            config=config,
+            train_tokens=train_tokens,
+            train_loss=train_loss,
+            added_parameters=added,
+            cache_bytes=_cache_bytes(model),
+            evidence=replace(evidence, decode=decode),
+            passes=passes,
+            selection=selection,
+        )
 
 
-def _timed(model, lengths: dict[str, Sequence[int]], progress) -> Iterator[PassTime]:
-    wanted = [(kind, num_tokens) for kind, every in lengths.items() for num_tokens in every]
-    for number, (kind, num_tokens) in enumerate(wanted):
-        yield pass_time(model, num_tokens, kind=kind)
-        if progress is not None:
-            progress("passes", number + 1, len(wanted))
+@contextmanager
+def _our_dense(model) -> Iterator[None]:
+    """A dense model attends by OpenMSA's own dense attention inside."""
+    if hf.is_converted(model):
+        yield
+        return
+    hf.set_phase(hf.convert(model, WindowConfig()), "dense")
+    try:
+        yield
+    finally:
+        hf.to_dense(model)
+
+
+def _timed(
+    model, lengths: Lengths, progress
+) -> tuple[tuple[DecodeTime, ...], tuple[PassTime, ...]]:
+    told = progress or (lambda what, done, total: None)
+    decode, passes = [], []
+    for context_tokens in lengths.decode:
+        decode.append(decode_time(model, context_tokens))
+        told("decoding time", len(decode), len(lengths.decode))
+    for kind in ("prefill", "training"):
+        for num_tokens in getattr(lengths, kind):
+            passes.append(pass_time(model, num_tokens, kind=kind))
+            told("passes", len(passes), len(lengths.prefill + lengths.training))
+    return tuple(decode), tuple(passes)
 
 
 def _config(model) -> str:
@@ -133,8 +160,6 @@ def _added(model) -> int:
 
 def _cache_bytes(model) -> int:
     """What one more token adds to the cache, counted on a cache of one token and one of two."""
-    from openmsa.inference.timing import filled_cache
-
     sizes = [_held(filled_cache(model, tokens)) for tokens in (2, 1)]
     return sizes[0] - sizes[1]
 

@@ -36,6 +36,7 @@ def quality_against_speed(comparison: Comparison) -> Figure | None:
         at = figures.tokens_text(max(t.context_tokens for t in shown[0].evidence.decode))
         for ax in axes:
             ax.set_xlabel(f"ms per generated token at {at} tokens")
+            figures.log_scale(ax, "x")
             ax.margins(x=0.22, y=0.15)
         axes[0].set_title(f"Perplexity against {comparison.contenders[0].mechanism} (%)")
         if asked:

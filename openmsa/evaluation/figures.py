@@ -251,11 +251,13 @@ def _room_below_one(log: Sequence[Mapping], measures: Sequence[str]) -> tuple[fl
     return max(0.0, lowest - 0.05), 1.0
 
 
-def log_scale(ax: Axes) -> None:
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+def log_scale(ax: Axes, which: str = "y") -> None:
+    """A logarithmic axis ("x" or "y") with plain numbers at 1, 2 and 5."""
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
+    ax.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
 def _change_scale(ax: Axes) -> None:
@@ -275,6 +277,7 @@ def _change_scale(ax: Axes) -> None:
 
 
 def log2_ticks(ax: Axes) -> None:
+    """Powers of two on the x axis, written as people write lengths."""
     ax.set_xscale("log", base=2)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: tokens_text(v)))

@@ -9,8 +9,8 @@ R[p]    = the first global_blocks (or as many as hold the sinks), the latest tha
 
 Scored: nothing, a query reads by its place alone. Shared: the window by all heads; random blocks
 are drawn per KV group and query block, as BigBird draws them per head. Trained by: nothing but the
-model's own loss. Remembered: k and v; a cache could drop what is neither sink nor window, ours keeps
-all (with random blocks any of them can be asked for again).
+model's own loss. Remembered: k and v; a cache could drop what is neither sink nor window, ours
+keeps all (with random blocks any of them can be asked for again).
 
 Where others differ: StreamingLLM renumbers positions inside its cache, we leave every key where it
 stood. BigBird and Longformer read both ways and their global tokens read everything: here nobody
