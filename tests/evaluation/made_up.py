@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from openmsa.evaluation.comparison import Contender
 from openmsa.evaluation.evidence import Evidence, ModelEvidence, Sample
 from openmsa.evaluation.inspection import Bearing, LayerBearing, SelectionMap
+from openmsa.evaluation.passes import PassTime
 from openmsa.evaluation.perplexity import PositionLoss
 from openmsa.evaluation.recall import LayerRecall, Recall
 from openmsa.evaluation.retrieval import RetrievalResult
@@ -115,3 +117,21 @@ def evidence(**changes) -> Evidence:
         "commands": ("make demo",),
     }
     return Evidence(**{**fields, **changes})
+
+
+def contender(name: str, number: int) -> Contender:
+    """Made up: worse and faster the higher `number` is."""
+    evidence = ModelEvidence(
+        losses(0.01 * number),
+        answers(1 - number / 16),
+        recall(0.95) if name in ("msa", "dsa") else None,
+        times(0.1 / (1 + number)),
+    )
+    lengths = {"prefill": (512, 2048), "training": (512,)}
+    passes = [
+        PassTime(kind, n, n / (10 + number), n / (12 + number), None if number % 2 else 1000 * n, 3)
+        for kind, longer in lengths.items()
+        for n in longer
+    ]
+    chosen = None if name in ("dense", "window") else selection()
+    return Contender(name, "top_k=8", 640, 1.5, 10 * number, 512, evidence, (*passes,), chosen)
