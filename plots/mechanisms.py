@@ -28,6 +28,8 @@ CHECKED = """\
 The largest difference that the tests saw between numbers of ours and theirs, over outputs and
 gradients, in fp32 unless said otherwise; chosen blocks and tokens must be the same. The rows are
 `benchmarks/results/mechanisms.csv`; `benchmarks/mechanisms.py` runs the tests and writes them.
+Where no public code runs on a CPU (InfLLM-V2), or none is needed (dense), it is the definition
+written out once more, without anything of ours.
 Beside this, `tests/mechanisms` holds every mechanism to its own equations and to common laws:
 keeping everything equals dense, the future cannot be read, decoding equals the full pass."""
 ENTRIES = {
@@ -83,7 +85,7 @@ def is_equations(paragraph: str) -> bool:
 def escaped(text: str) -> str:
     """Text without what markdown would take for its own."""
     text = re.sub(r"(?<!`)\b(\w+\[[^\]]*\])", r"`\1`", text)
-    return re.sub(r"(?<![`\w.*/])(\*?\w*_\w+(?:\.py)?)(?![`\w])", r"`\1`", text)
+    return re.sub(r"(?<![`\w.*/])(\*?\w*_\w+(?:\.py|=\w+)?)(?![`\w])", r"`\1`", text)
 
 
 def config_of(name: str):
