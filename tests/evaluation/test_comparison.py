@@ -7,14 +7,15 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from openmsa import hf
+from openmsa.evaluation import comparison as comparison_module
 from openmsa.evaluation import comparison_figures
-from openmsa.evaluation.comparison import Comparison, Contender, contend, rows
+from openmsa.evaluation.comparison import Comparison, Contender, Lengths, contend, rows
 from openmsa.evaluation.comparison_page import as_csv, render, verdict, write_comparison
 from openmsa.evaluation.evidence import ModelEvidence
 from openmsa.evaluation.headers import FACTS, MECHANISMS, facts_of, title_of
-from openmsa.evaluation.passes import PassTime
 from openmsa.evaluation.plain import read_json, write_json
 from openmsa.evaluation.retrieval import RetrievalPlan
 from openmsa.training.byte_tokenizer import byte_tokenizer
@@ -25,27 +26,9 @@ from tests.hf.tiny import tiny_model, tiny_tokens
 STAMP = {"command": "openmsa compare", "commit": "abc", "device": "here", "date": "2026-11-25"}
 
 
-def contender(name: str, number: int) -> Contender:
-    """Made up: worse and faster the higher `number` is."""
-    evidence = ModelEvidence(
-        made_up.losses(0.01 * number),
-        made_up.answers(1 - number / 16),
-        made_up.recall(0.95) if name in ("msa", "dsa") else None,
-        made_up.times(0.1 / (1 + number)),
-    )
-    lengths = {"prefill": (512, 2048), "training": (512,)}
-    passes = [
-        PassTime(kind, n, n / (10 + number), n / (12 + number), None if number % 2 else 1000 * n, 3)
-        for kind, longer in lengths.items()
-        for n in longer
-    ]
-    chosen = None if name in ("dense", "window") else made_up.selection()
-    return Contender(name, "top_k=8", 640, 1.5, 10 * number, 512, evidence, (*passes,), chosen)
-
-
 @pytest.fixture(scope="module")
 def comparison():
-    found = tuple(contender(name, number) for number, name in enumerate(MECHANISMS))
+    found = tuple(made_up.contender(name, number) for number, name in enumerate(MECHANISMS))
     return Comparison("A & B", "made up", found, {"texts": "6"}, ("openmsa compare --quick",))
 
 
@@ -106,7 +89,9 @@ def test_the_page_shows_every_header(comparison):
             assert facts_of(name)[fact].replace("'", "&#x27;") in text, (name, fact)
 
 
-def test_the_page_stands_alone(comparison, tmp_path):
+def test_the_page_stands_alone(comparison, tmp_path, monkeypatch):
+    made = {name: comparison_figures.FIGURES[name] for name in ("quality", "times", "selection")}
+    monkeypatch.setattr(comparison_figures, "FIGURES", made)
     first, *_, last = comparison.contenders
     comparison = replace(comparison, contenders=(first, last))
     page = write_comparison(comparison, tmp_path, STAMP)
@@ -116,7 +101,7 @@ def test_the_page_stands_alone(comparison, tmp_path):
     assert not re.search(r'(?:src|href)="(?!data:|#)', text)
     ids = re.findall(r'\sid="([^"]+)"', text)
     assert len(set(ids)) == len(ids)
-    for name in comparison_figures.FIGURES:
+    for name in made:
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 0
     assert (tmp_path / "compare.json").stat().st_size > 0
     assert (tmp_path / "compare.csv").read_text() == as_csv(comparison, STAMP)
@@ -166,9 +151,7 @@ def measured():
             tiny_tokens(2, 45),
             plan=plan if name == "dense" else None,
             train_tokens=7,
-            decode_contexts=(40,),
-            prefill_tokens=(33,),
-            training_tokens=(21,),
+            lengths=Lengths((40,), (33,), (21,)),
         )
         found.append((model, made))
     return found
@@ -188,6 +171,24 @@ def test_measured_contenders_say_what_they_are(measured):
     assert first.evidence.retrieval is not None and window.evidence.retrieval is None
     assert dsa.evidence.recall is not None and window.evidence.recall is None
     assert dsa.selection is not None and window.selection is None and first.selection is None
+
+
+def test_a_dense_model_is_timed_by_our_attention_and_comes_back(monkeypatch):
+    model, ids, phases = tiny_model(num_hidden_layers=1), tiny_tokens(2, 45), []
+    whole = comparison_module.pass_time
+
+    def pass_time(model, *rest, **how):
+        phases.append(hf.is_converted(model))
+        return whole(model, *rest, **how)
+
+    monkeypatch.setattr(comparison_module, "pass_time", pass_time)
+    with torch.no_grad():
+        before = model(ids).logits
+    made = contend(model, None, ids, plan=None, train_tokens=0, lengths=Lengths((), (9,), (9,)))
+    assert made.mechanism == "dense" and phases == [True, True]
+    assert not hf.is_converted(model) and not model.training
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
 
 
 def test_measured_contenders_are_compared(measured, tmp_path):
