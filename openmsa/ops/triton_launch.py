@@ -44,7 +44,9 @@ def for_tiles(width: int, itemsize: int, gpu: Gpu) -> Launch:
         return Launch(rows=32, keys=32 if key <= 1024 else 16, num_warps=4, num_stages=2)
     if gpu.hip:
         return Launch(rows=64, keys=32, num_warps=4, num_stages=2)
-    return Launch(rows=64, keys=64, num_warps=4, num_stages=3 if gpu.capability >= 90 else 2)
+    if gpu.capability < 90:
+        return Launch(rows=64, keys=64, num_warps=8, num_stages=2)
+    return Launch(rows=64, keys=64, num_warps=4, num_stages=3)
 
 
 def for_prefixes(width: int, itemsize: int, gpu: Gpu) -> Launch:

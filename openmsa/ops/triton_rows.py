@@ -181,6 +181,15 @@ def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def keys_at_once(keys: int, block: int | None) -> int:
+    """At most `keys`, and no more than a block; half of one whose size is no power of two, which
+    wastes as little and needs fewer registers for its masks."""
+    if block is None:
+        return keys
+    wide = padded(block)
+    return min(keys, wide if wide == block else max(16, wide // 2))
+
+
 def shape_of(
     q: Tensor,
     k: Tensor,
@@ -193,7 +202,7 @@ def shape_of(
 ) -> Shape:
     """block None: the whole prefix. keys: at once, at most. precision: of fp32 products."""
     d = q.shape[3]
-    at_once = keys if block is None else min(keys, padded(block))
+    at_once = keys_at_once(keys, block)
     return Shape(
         rows=rows,
         heads=q.shape[2],

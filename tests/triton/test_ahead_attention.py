@@ -19,7 +19,7 @@ from openmsa.ops.reverse_index import KeyRows
 from openmsa.ops.triton_attend import attend, join
 from openmsa.ops.triton_attend_backward import add_pieces, owner_gradients, tile_gradients
 from openmsa.ops.triton_owners import Items, Pieces
-from openmsa.ops.triton_rows import Reads, Shape, Strides
+from openmsa.ops.triton_rows import Reads, Shape, Strides, keys_at_once
 from openmsa.ops.triton_tiles import Places, padded, rows_for, unite
 
 FP32, I32, I64 = torch.float32, torch.int32, torch.int64
@@ -62,7 +62,7 @@ def launch(name, which, dtype, t, r, d, block, whole) -> Launch:
     if whole and which in ("attend", "tile_gradients"):
         rule = triton_launch.for_prefixes
     made = rule(2 * padded(d), dtype.itemsize, gpu)
-    keys = made.keys if whole else min(made.keys, padded(block))
+    keys = keys_at_once(made.keys, None if whole else block)
     shape = Shape(
         rows=rows_for(t, r, made.rows),
         heads=4 * r,
