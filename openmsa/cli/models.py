@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+M3 = "minimax_m3"  # how the model types of MiniMax-M3 begin
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")  # how their names begin
 
 
@@ -44,7 +45,8 @@ def check_name(name: str) -> None:
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model, dense or MSA, from a folder or the hub, ready to read.
+    """A causal language model, dense or MSA, from a folder or the hub, ready to read; a MiniMax-M3
+    comes enabled.
 
     Raises UsageError for a name that leads nowhere, ValueError for a checkpoint that lacks weights
     or holds NaN or infinity.
@@ -53,6 +55,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     target = pick_device(device)
     import torch
     from transformers import AutoModelForCausalLM
+
+    from openmsa import hf
 
     _prepare()
     model, told = _from_pretrained(
@@ -67,6 +71,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
             "the checkpoint is incomplete"
         )
     _check_finite(model, name)
+    if model.config.model_type.startswith(M3):
+        model = hf.enable(model)
     return model.to(target).eval()
 
 
