@@ -7,7 +7,7 @@ caches and calls the attention function with whatever keyword arguments came in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -178,12 +178,13 @@ def attention_function(
     layout = (
         kwargs["msa_layout"] if "msa_layout" in kwargs else _layout(q, k, attention_mask, kwargs)
     )
-    call = _Call(module, scaling, msa_record if module.msa_phase != "dense" else None)
-    tensors = msa_read.with_main(q, k, v)
+    record = msa_record if module.msa_phase != "dense" else None
+    call = _Call(module, scaling, record, msa_read.cache)
+    tensors = msa_read.with_main(q, k, v).in_one_dtype()
     if module.msa_calls is not None and msa_read.cache is not None:
         msa_read.cache.expose()
     with torch.autocast(q.device.type, enabled=False):
-        return call.over(_one_dtype(tensors), layout), None
+        return call.over(tensors, layout), None
 
 
 def _check_not_selected(kwargs: dict) -> None:
@@ -205,25 +206,17 @@ def _layout(q: Tensor, k: Tensor, masks: Masks | None, kwargs: dict) -> Layout |
     )
 
 
-def _one_dtype(tensors: Tensors) -> Tensors:
-    """As autocast wants it, like transformers' own attention; without autocast, as the values."""
-    values = tensors.keys["v"]
-    kind = values.device.type
-    auto = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if auto else values.dtype
-    return tensors.each(lambda x: x.to(dtype), lambda x: x.to(dtype))
-
-
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
     scale: float
     record: LossRecord | None
+    cache: MSACacheLayer | None = None
 
     def over(self, tensors: Tensors, layout: Layout | Context | None) -> Tensor:
         q, k = tensors.queries["q"], tensors.keys["k"]
         if layout is None:
-            return self._attend(tensors).out
+            return self._attend(self._with_pooled(tensors, slice(None), 0)).out
         if isinstance(layout, Context):
             return self._in_context(tensors, layout)
         decoding = k.shape[1] > q.shape[1] and self.record is None and self.module.msa_calls is None
@@ -243,8 +236,15 @@ class _Call:
         for span in layout.spans:
             queries, keys = (span.rows, span.queries), (span.rows, span.keys)
             part = tensors.each(lambda x, at=queries: x[at], lambda x, at=keys: x[at])
-            out[queries] = self._attend(part).out
+            out[queries] = self._attend(self._with_pooled(part, span.rows, span.keys.start)).out
         return out
+
+    def _with_pooled(self, tensors: Tensors, rows: slice, first: int) -> Tensors:
+        """And what the cache keeps of windows of these rows, if no gradient has to go through."""
+        module, cache, room = self.module, self.cache, self.module.msa_room
+        if None in (cache, room.windows) or module.msa_phase == "dense" or torch.is_grad_enabled():
+            return tensors
+        return replace(tensors, pooled=cache.pooled(room, module, tensors.keys, rows, first))
 
     def _in_context(self, tensors: Tensors, context: Context) -> Tensor:
         """Queries of this process against the keys of all; its loss is the mean over its own."""
@@ -287,7 +287,7 @@ class _Call:
 
     def _seen(self, tensors: Tensors, selection: Selection | None, borders) -> AttentionCall:
         module, room = self.module, self.module.msa_room
-        found = {name: x.detach() for name, x in tensors.named().items()}
+        found = tensors.each(Tensor.detach, Tensor.detach).named()
         main = [found.pop(name) for name in ("q", "k", "v")]
         index = [found.pop(name, None) for name in ("q_index", "k_index")]
         scales = (self.scale, room.index_scale(module))

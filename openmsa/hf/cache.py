@@ -1,11 +1,16 @@
-"""The cache of a converted layer: keys and values, and index keys beside them where there are any,
-through every operation."""
+"""The cache of a converted layer: keys and values, and beside them index keys and what is made of
+whole windows where there are any, through every operation."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
+
+from openmsa.hf.pooled_rows import PooledRows
+from openmsa.hf.room import Room
 
 NAMES = ("keys", "values", "index_keys")
 
@@ -60,6 +65,7 @@ class MSACacheLayer(DynamicLayer):
         self._exposed = 0  # rows that an outside reader may still hold
         self._staged: Tensor | None = None
         self._handed: Tensor | None = None
+        self._pooled: PooledRows | None = None
         super().__init__(**kwargs)
 
     def adopt(self, filled: DynamicLayer) -> None:
@@ -74,6 +80,7 @@ class MSACacheLayer(DynamicLayer):
     def _store(self, name: str, rows: Tensor | None) -> None:
         """Rows without room to spare, assigned by a method of the base class we do not know."""
         self._rows.pop(name, None)
+        self._pooled = None
         if rows is not None:
             self._rows[name] = rows
             self._length = self._exposed = rows.shape[-2]
@@ -96,6 +103,19 @@ class MSACacheLayer(DynamicLayer):
         """All index keys [b, s, d_index] after `update`; once, for the attention of this step."""
         handed, self._handed = self._handed, None
         return handed
+
+    def pooled(
+        self, room: Room, attention: nn.Module, keys: dict[str, Tensor], rows: slice, first: int
+    ) -> dict[str, Tensor]:
+        """What `room` pools of every whole window of some batch rows, by name [b, n, g, ...].
+
+        keys: those held of the batch rows `rows` from slot `first` on, by name [b, s, ...]. A
+        window is pooled once; without gradient.
+        """
+        batch = self._rows["keys"].shape[0]
+        if self._pooled is None or (self._pooled.room, self._pooled.batch) != (room, batch):
+            self._pooled = PooledRows(room, batch)
+        return self._pooled.of(keys, rows, first, partial(room.pool, attention))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -164,6 +184,18 @@ class MSACacheLayer(DynamicLayer):
         if any(changed[name] is not rows for name, rows in self._rows.items()):
             self._rows, self._exposed = changed, 0
 
+    def _choose(self, change) -> None:
+        """Other batch rows."""
+        self._change(change)
+        if self._pooled is not None:
+            self._pooled.choose(change, self._rows["keys"].shape[0])
+
+    def _move(self, change) -> None:
+        """The same rows on another device."""
+        self._change(change)
+        if self._pooled is not None:
+            self._pooled.move(change)
+
     def get_seq_length(self) -> int:
         return self._length
 
@@ -178,24 +210,29 @@ class MSACacheLayer(DynamicLayer):
                 f"-{tokens_to_remove} to forget that many"
             )
         self._length = max(0, self._length + tokens_to_remove)
+        if self._pooled is not None:
+            self._pooled.crop(self._length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._choose(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self._choose(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda rows: rows[indices, ...])
+        def at(device):
+            return indices.to(device) if isinstance(indices, Tensor) else indices
+
+        self._choose(lambda rows: rows[at(rows.device), ...])
 
     def offload(self) -> None:
-        self._change(lambda rows: rows.to("cpu", non_blocking=True))
+        self._move(lambda rows: rows.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         if self.is_initialized:
-            self._change(lambda rows: rows.to(self.device, non_blocking=True))
+            self._move(lambda rows: rows.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         self._rows, self._length, self._exposed = {}, 0, 0
-        self._staged = self._handed = None
+        self._staged = self._handed = self._pooled = None
         self.is_initialized = False

@@ -8,9 +8,10 @@ losses, phases, loading) speaks to this object and knows no mechanism.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from openmsa.selection import Selection
@@ -27,22 +28,32 @@ class Tensors:
     """What one attention call reads, each by its name in the mechanism's one call.
 
     queries: q [b, t, h, d], and what else a query token brings, [b, t, ...]. keys: k and v
-    [b, s, g, d], and what else is kept of every token, [b, s, ...].
+    [b, s, g, d], and what else is kept of every token, [b, s, ...]. pooled: what a cache keeps of
+    every whole window, [b, n, g, ...].
     """
 
     queries: dict[str, Tensor]
     keys: dict[str, Tensor]
+    pooled: dict[str, Tensor] = field(default_factory=dict)
 
     def each(
         self, on_queries: Callable[[Tensor], Tensor], on_keys: Callable[[Tensor], Tensor]
     ) -> Tensors:
-        """The same names with each side changed by its function."""
+        """The same names with each side changed by its function; before anything is pooled."""
         queries = {name: on_queries(x) for name, x in self.queries.items()}
         return Tensors(queries, {name: on_keys(x) for name, x in self.keys.items()})
 
+    def in_one_dtype(self) -> Tensors:
+        """As autocast wants it, like transformers' own attention; without autocast, as v."""
+        v = self.keys["v"]
+        kind = v.device.type
+        auto = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if auto else v.dtype
+        return self.each(lambda x: x.to(dtype), lambda x: x.to(dtype))
+
     def named(self) -> dict[str, Tensor]:
-        """Both sides in one."""
-        return {**self.queries, **self.keys}
+        """All in one."""
+        return {**self.queries, **self.keys, **self.pooled}
 
 
 class Attended(Protocol):
@@ -125,6 +136,18 @@ class Room:
     ) -> Attended:
         """The one call of the mechanism. how: phase, scale, cu_seqlens_q and cu_seqlens_k."""
         raise TypeError(f"{type(self).__name__} does not say how it attends")
+
+    @property
+    def windows(self) -> tuple[int, int] | None:
+        """Tokens of a window, and from one's beginning to the next's; None where none is pooled."""
+        return None
+
+    def pool(self, attention: nn.Module, keys: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a cache may keep of every whole window of keys [b, s, ...]: by name [b, n, g, ...].
+
+        Windows are counted from the first token and end with the last whole one.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it pools")
 
     def check_context(self) -> None:
         """Raises ValueError where a process that holds a part of a sequence could not do as one

@@ -8,8 +8,8 @@ O[t, h]    = softmax over s in S[t, g] of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g
 
 Scored: kernels, means of keys. Shared: a selection by the heads of a group. Trained by: the
 language model's loss alone, through the attention; there are no parameters beside those of dense
-attention, and the choice passes no gradient. Remembered: k and v; a cache could also keep the mean
-of every whole kernel, which is recomputed here from all of k at every call.
+attention, and the choice passes no gradient. Remembered: k and v; a cache may also keep the mean of
+every whole kernel, k_pooled, which is otherwise made of all of k at every call.
 
 A sequence of fewer than `dense_below` keys is attended to densely. What a query reads thus depends
 on the length of its sequence: a prompt read at once and the same prompt token by token agree only
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from openmsa.ops import checks
 from openmsa.ops.dense_attention import dense_attention
-from openmsa.ops.pooled_selection import mean_pool, pooled_selection
+from openmsa.ops.pooled_selection import mean_pool, pooled_selection, window_borders
 from openmsa.ops.sparse_attention import sparse_attention
 from openmsa.selection import Selection
 
@@ -71,15 +71,20 @@ def select(
     q: Tensor,
     k: Tensor,
     *,
+    k_pooled: Tensor | None = None,
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> Selection:
-    """q [b, t, h, d], k [b, s, g, d] -> blocks [b, g, t, k], whatever the sequences' lengths."""
+    """q [b, t, h, d], k [b, s, g, d] -> blocks [b, g, t, k], whatever the sequences' lengths.
+
+    k_pooled [b, n, g, d]: what `mean_pool` makes of k, if known.
+    """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     kernels = {"kernel": config.kernel, "stride": config.stride}
-    k_pooled, _ = mean_pool(k, **kernels, cu_seqlens_k=cu_seqlens_k)
+    if k_pooled is None:
+        k_pooled, _ = mean_pool(k, **kernels, cu_seqlens_k=cu_seqlens_k)
     return pooled_selection(
         q,
         k_pooled,
@@ -143,6 +148,7 @@ def infllm2_attention(
     v: Tensor,
     config: InfLLM2Config,
     *,
+    k_pooled: Tensor | None = None,
     phase: str = "sparse",
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -155,7 +161,8 @@ def infllm2_attention(
     Phases: "dense" (dense attention), "sparse" (select and attend in sequences of at least
     config.dense_below keys, dense attention in the others). Packed sequences: batch 1 with
     cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]; the phase "sparse" reads their lengths,
-    which waits for a GPU unless dense_below is 0.
+    which waits for a GPU unless dense_below is 0. k_pooled [b, n, g, d]: the mean of every whole
+    kernel (`mean_pool`), if known; made of k if left out.
 
     Raises ValueError for an unknown phase and for arguments that do not fit together.
     """
@@ -167,22 +174,27 @@ def infllm2_attention(
         lengths = [k.shape[1]] if borders[1] is None else borders[1].diff().tolist()
         long = [length >= config.dense_below for length in lengths]
     if any(long) and not all(long):
-        return _some_of_each(q, k, v, config, long, scale, borders, backend)
+        return _some_of_each(q, k, v, k_pooled, config, long, scale, borders, backend)
     where = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), borders, strict=True), backend=backend)
-    selection = select(config, q, k, scale=scale, **where) if all(long) else None
+    how = {"k_pooled": k_pooled, "scale": scale}
+    selection = select(config, q, k, **how, **where) if all(long) else None
     out, lse = attend(q, k, v, selection, scale=scale, **where)
     return InfLLM2Output(out, None, selection, lse)
 
 
-def _some_of_each(q, k, v, config, long, scale, borders, backend):
+def _some_of_each(q, k, v, k_pooled, config, long, scale, borders, backend):
     """Packed sequences of which some are sparse, `long`, and some dense."""
     long = torch.tensor(long, device=q.device)
+    if k_pooled is not None:
+        windows = window_borders(borders[1], config.kernel, config.stride)
+        k_pooled = k_pooled[:, _sequences(long, windows)[0]]
     places, outs, lses, rows = [], [], [], []
     for sparse in (True, False):
         (here, cu_q), (keys, cu_k) = (_sequences(long == sparse, x) for x in borders)
         q_here, k_here, v_here = q[:, here], k[:, keys], v[:, keys]
         where = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "backend": backend}
-        selection = select(config, q_here, k_here, scale=scale, **where) if sparse else None
+        how = {"k_pooled": k_pooled, "scale": scale}
+        selection = select(config, q_here, k_here, **how, **where) if sparse else None
         out, lse = attend(q_here, k_here, v_here, selection, scale=scale, **where)
         empty = torch.full((1, k.shape[2], len(here), config.top_k), -1, device=q.device)
         places.append(here)

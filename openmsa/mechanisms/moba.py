@@ -6,8 +6,8 @@ O[t, h]    = softmax over s in S[t, h] of (q[t, h] . k[s, g] / sqrt(d)) @ v[s, g
 
 Scored: blocks of keys, by their mean in fp32, unscaled, for every query head. Shared: nothing, each
 query head chooses for itself. Trained by: the language model's loss alone, through the attention;
-the choice has no parameters and passes no gradient. Remembered: k and v; a cache could also keep
-the mean of every whole block, which is recomputed here from all of k at every call.
+the choice has no parameters and passes no gradient. Remembered: k and v; a cache may also keep the
+mean of every whole block, k_pooled, which is otherwise made of all of k at every call.
 
 Where paper and code disagree: the paper's top_k counts the own block, so top_k=1 is attention
 within blocks. The official `moba_naive.py` does that; `moba_efficient.py` answers top_k=1 with full
@@ -53,14 +53,19 @@ def select(
     q: Tensor,
     k: Tensor,
     *,
+    k_pooled: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> Selection:
-    """q [b, t, h, d], k [b, s, g, d] -> blocks [b, h, t, k]."""
+    """q [b, t, h, d], k [b, s, g, d] -> blocks [b, h, t, k].
+
+    k_pooled [b, n, g, d]: what `mean_pool` makes of k, if known.
+    """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     block = {"kernel": config.block_size, "stride": config.block_size}
-    k_pooled, _ = mean_pool(k, **block, cu_seqlens_k=cu_seqlens_k)
+    if k_pooled is None:
+        k_pooled, _ = mean_pool(k, **block, cu_seqlens_k=cu_seqlens_k)
     return pooled_selection(
         q,
         k_pooled,
@@ -119,6 +124,7 @@ def moba_attention(
     v: Tensor,
     config: MoBAConfig,
     *,
+    k_pooled: Tensor | None = None,
     phase: str = "sparse",
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -129,7 +135,8 @@ def moba_attention(
 
     q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value]; queries are the last t of the s keys.
     Phases: "dense" (dense attention), "sparse" (select, attend). Packed sequences: batch 1 with
-    cu_seqlens_q and cu_seqlens_k int32 [sequences + 1].
+    cu_seqlens_q and cu_seqlens_k int32 [sequences + 1]. k_pooled [b, n, g, d]: the mean of every
+    whole block (`mean_pool`), if known; made of k if left out.
 
     Raises ValueError for an unknown phase and for arguments that do not fit together.
     """
@@ -137,6 +144,6 @@ def moba_attention(
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
     borders = checks.sequences(q, k, cu_seqlens_q, cu_seqlens_k)
     where = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), borders, strict=True), backend=backend)
-    selection = select(config, q, k, **where) if phase == "sparse" else None
+    selection = select(config, q, k, k_pooled=k_pooled, **where) if phase == "sparse" else None
     out, lse = attend(q, k, v, selection, scale=scale, **where)
     return MoBAOutput(out, None, selection, lse)

@@ -12,8 +12,7 @@ A branch in which a query sees nothing gives 0.
 Scored: blocks, by the compressed attention that is computed anyway. Shared: a choice by the heads
 of a group. Trained by: the model's own loss, end to end. It reaches q, k, v, gates and the weights
 w; a choice itself passes nothing on, so scores learn through the compressed branch alone.
-Remembered: k and v; a cache could also keep K and V, which never change once their window is full,
-and are computed anew for every step today.
+Remembered: k and v; a cache may also keep K and V, which never change once their window is full.
 
 Where others differ: the paper maps a window to its K and V by an MLP with position encodings, here
 by a weight per position and channel, which begins as the mean (the mean is what fla takes). The
@@ -242,8 +241,8 @@ def nsa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_compressed: Tensor,
-    v_compressed: Tensor,
+    k_compressed: Tensor | None,
+    v_compressed: Tensor | None,
     gates: Tensor,
     config: NSAConfig,
     *,
@@ -257,10 +256,11 @@ def nsa_attention(
     """The attention of one NSA layer.
 
     q [b, t, h, d], k [b, s, g, d], v [b, s, g, d_value]; queries are the last t of the s keys.
-    k_compressed and v_compressed [b, n, g, ...]: what `compress` makes of all s. gates [b, t, h, 3]
-    in 0 ... 1 of the branches compressed, selected, window. kv_window: keys and values of the
-    window, k and v if left out. Phases: "dense" (dense attention, k and v only), "sparse". Packed
-    sequences: batch 1 with cu_seqlens_q and cu_seqlens_k int32 [sequences + 1].
+    k_compressed and v_compressed [b, n, g, ...]: what `compress` makes of all s; the phase "dense"
+    reads neither. gates [b, t, h, 3] in 0 ... 1 of the branches compressed, selected, window.
+    kv_window: keys and values of the window, k and v if left out. Phases: "dense" (dense attention,
+    k and v only), "sparse". Packed sequences: batch 1 with cu_seqlens_q and cu_seqlens_k int32
+    [sequences + 1].
 
     Raises ValueError for an unknown phase and for arguments that do not fit together.
     """
@@ -272,11 +272,19 @@ def nsa_attention(
         out, lse = dense_attention(q, k, v, return_lse=True, **where, **how)
         return NSAOutput(out, None, None, lse)
     q, *kv = checks.autocast(q, k, v)
-    compressed = checks.autocast(k_compressed, v_compressed)
+    compressed = _given(k_compressed=k_compressed, v_compressed=v_compressed)
     how |= _checked(q, *kv, gates, **where)
     chosen = select(config, q, compressed[0], k.shape[1], **how)
     out = attend(config, q, kv, compressed, kv_window or kv, gates, chosen, **how)
     return NSAOutput(out, None, chosen, None)
+
+
+def _given(**compressed: Tensor | None) -> tuple[Tensor, ...]:
+    """As autocast wants them; raises ValueError for None."""
+    for name, x in compressed.items():
+        if x is None:
+            raise ValueError(f"{name}=None will do in the phase 'dense' only; see compress")
+    return checks.autocast(*compressed.values())
 
 
 def _checked(q, k, v, gates, cu_seqlens_q, cu_seqlens_k) -> dict[str, Tensor | None]:

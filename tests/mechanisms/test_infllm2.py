@@ -9,6 +9,7 @@ import torch
 
 from openmsa import dense_attention
 from openmsa.mechanisms.infllm2 import InfLLM2Config, infllm2_attention, select
+from openmsa.ops.pooled_selection import mean_pool
 from tests.support import (
     assert_as_good_as_eager,
     borders,
@@ -162,6 +163,27 @@ def test_packed_sequences_switch_one_by_one(backend):
     from_alone = torch.autograd.grad(sum(x.out.square().sum() for x in alone), inputs)
     for ours, theirs in zip(from_together, from_alone):
         torch.testing.assert_close(ours, theirs)
+
+
+@every_backend
+@pytest.mark.parametrize("dense_below", [0, 30])
+def test_kernels_already_pooled_choose_alike(backend, dense_below):
+    """Packed sequences of which some are dense too: their kernels lie between the others'."""
+    tq, sk = (12, 50, 0, 1, 9), (30, 50, 3, 64, 29)
+    config = dataclasses.replace(CONFIG, dense_below=dense_below)
+    q, k, v = qkv(1, sum(tq), sum(sk), 4, 2, 8, dtype=widest(backend))
+    packed = {"cu_seqlens_q": borders(*tq), "cu_seqlens_k": borders(*sk)}
+    for where in (packed, {}):
+        k_pooled, _ = mean_pool(k, kernel=4, stride=2, cu_seqlens_k=where.get("cu_seqlens_k"))
+        how = {**where, "backend": backend}
+        made = infllm2_attention(q, k, v, config, **how)
+        given = infllm2_attention(q, k, v, config, k_pooled=k_pooled, **how)
+        assert torch.equal(given.selection.blocks, made.selection.blocks)
+        assert torch.equal(given.out, made.out)
+    other = infllm2_attention(q, k, v, config, k_pooled=k_pooled.flip(1), backend=backend)
+    assert not torch.equal(other.selection.blocks, made.selection.blocks)
+    with pytest.raises(ValueError, match="k_pooled has 86 windows, but 176 keys have 87"):
+        infllm2_attention(q, k, v, config, k_pooled=k_pooled[:, 1:], backend=backend)
 
 
 @every_backend

@@ -10,6 +10,7 @@ import torch
 
 from openmsa import dense_attention
 from openmsa.mechanisms.moba import MoBAConfig, moba_attention, select
+from openmsa.ops.pooled_selection import mean_pool
 from tests.support import (
     CPU,
     assert_as_good_as_eager,
@@ -115,6 +116,24 @@ def test_packed_is_each_alone_and_decoding_the_full_pass(backend):
     ):
         alone = moba_attention(alone_q, alone_k, alone_v, CONFIG, backend=backend).out
         torch.testing.assert_close(one, alone)
+
+
+@every_backend
+def test_blocks_already_pooled_choose_alike(backend):
+    tq, sk = (20, 3, 1), (20, 17, 30)
+    q, k, v = qkv(1, sum(tq), sum(sk), 4, 2, 8, dtype=widest(backend))
+    packed = {"cu_seqlens_q": borders(*tq), "cu_seqlens_k": borders(*sk)}
+    for where in (packed, {}):
+        k_pooled, _ = mean_pool(k, kernel=4, stride=4, cu_seqlens_k=where.get("cu_seqlens_k"))
+        how = {**where, "backend": backend}
+        made = moba_attention(q, k, v, CONFIG, **how)
+        given = moba_attention(q, k, v, CONFIG, k_pooled=k_pooled, **how)
+        assert torch.equal(given.selection.blocks, made.selection.blocks)
+        assert torch.equal(given.out, made.out)
+    other = moba_attention(q, k, v, CONFIG, k_pooled=k_pooled.flip(1), backend=backend)
+    assert not torch.equal(other.selection.blocks, made.selection.blocks)
+    with pytest.raises(ValueError, match="k_pooled has 15 windows, but 67 keys have 16"):
+        moba_attention(q, k, v, CONFIG, k_pooled=k_pooled[:, 1:], backend=backend)
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 4096])

@@ -181,8 +181,7 @@ def test_one_branch_that_reads_everything_is_dense(backend, branch, s):
 
 def test_compressed_branch_gives_nothing_before_the_first_window():
     q, k, v, *weights, gates = tensors(1, 30, 30)
-    gates = torch.zeros_like(gates)
-    gates[..., 0] = 1
+    gates = torch.eye(3, dtype=gates.dtype)[0].expand_as(gates)
     out = nsa(q, k, v, *weights, gates).out
     assert (out[:, :7] == 0).all()
     assert (out[:, 7:].abs().amax(-1) > 0).all()
@@ -239,16 +238,15 @@ def test_packed_equals_alone_with_gradients(backend, tq, sk):
 
 def test_keys_of_the_window_may_be_others():
     q, k, v, *weights, gates = tensors(1, 30, 30)
-    gates = torch.zeros_like(gates)
-    gates[..., 2] = 1
+    gates = torch.eye(3, dtype=gates.dtype)[2].expand_as(gates)
     other = qkv(1, 30, 30, 4, 2, 8, 6, seed=40, dtype=torch.float64)[1:]
     made = nsa(q, k, v, *weights, gates, kv_window=other)
     torch.testing.assert_close(made.out, nsa(q, *other, *weights, gates).out)
 
 
-def test_dense_phase_reads_no_gate():
-    q, k, v, *rest = tensors(1, 30, 30)
-    made = nsa(q, k, v, *rest, phase="dense")
+def test_dense_phase_reads_neither_gate_nor_window():
+    q, k, v, _, _, gates = tensors(1, 30, 30)
+    made = nsa_attention(q, k, v, None, None, gates, CONFIG, phase="dense")
     out, lse = dense_attention(q, k, v, return_lse=True)
     assert torch.equal(made.out, out) and torch.equal(made.lse, lse)
     assert made.selection is None
@@ -295,6 +293,8 @@ def test_refuses_what_does_not_fit():
         nsa(q, k, v, weights_k, weights_v, gates[..., :2])
     with pytest.raises(ValueError, match="weights must be"):
         compress(k, weights_k[:5], CONFIG)
+    with pytest.raises(ValueError, match="k_compressed=None will do in the phase 'dense' only"):
+        nsa_attention(q, k, v, None, None, gates, CONFIG)
     with pytest.raises(ValueError, match="k_pooled has 5 windows"):
         few = compress(k, weights_k, CONFIG)[:, :5], compress(v, weights_v, CONFIG)[:, :5]
         nsa_attention(q, k, v, *few, gates, CONFIG)

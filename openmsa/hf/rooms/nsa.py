@@ -58,16 +58,24 @@ class NSARoom(Room):
         return {"gates": attention.branch_gate_proj(hidden).unflatten(-1, (-1, 3)).sigmoid()}, None
 
     def attend(self, attention, tensors, *, with_index_loss, **how) -> NSAOutput:
-        k, v = (
-            compress(tensors.keys[part], weight, self.config, cu_seqlens_k=how["cu_seqlens_k"])
-            for part, weight in (
-                ("k", attention.compress_k_weight),
-                ("v", attention.compress_v_weight),
-            )
-        )
-        return nsa_attention(
-            **tensors.named(), k_compressed=k, v_compressed=v, config=self.config, **how
-        )
+        given = tensors.named()
+        if how["phase"] == "dense":
+            given |= {"k_compressed": None, "v_compressed": None}
+        elif not tensors.pooled:
+            given |= self.pool(attention, tensors.keys, cu_seqlens_k=how["cu_seqlens_k"])
+        return nsa_attention(**given, config=self.config, **how)
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        return self.config.kernel, self.config.stride
+
+    def pool(self, attention, keys, **where):
+        """where: cu_seqlens_k of packed sequences."""
+        weights = {"k": attention.compress_k_weight, "v": attention.compress_v_weight}
+        return {
+            f"{part}_compressed": compress(keys[part], weight, self.config, **where)
+            for part, weight in weights.items()
+        }
 
     @property
     def budget(self) -> Budget:

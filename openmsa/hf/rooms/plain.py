@@ -9,6 +9,7 @@ from typing import ClassVar
 from openmsa.hf import checks
 from openmsa.hf.room import Attended, Budget, Room
 from openmsa.mechanisms import infllm2, moba, window
+from openmsa.ops.pooled_selection import mean_pool
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,14 @@ class PlainRoom(Room):
 
     def attend(self, attention, tensors, *, with_index_loss, **how) -> Attended:
         return type(self).ATTENTION(**tensors.named(), config=self.config, **how)
+
+
+class MeansRoom(PlainRoom):
+    """Blocks are chosen by means of the keys of windows."""
+
+    def pool(self, attention, keys):
+        kernel, stride = self.windows
+        return {"k_pooled": mean_pool(keys["k"], kernel=kernel, stride=stride)[0]}
 
 
 class WindowRoom(PlainRoom):
@@ -40,22 +49,30 @@ class WindowRoom(PlainRoom):
         return Budget(config.block_size, sum(forced) + config.random_blocks, *forced)
 
 
-class MoBARoom(PlainRoom):
+class MoBARoom(MeansRoom):
     """Blocks by their mean key, for every query head."""
 
     NAME, CONFIG, PHASES = "moba", moba.MoBAConfig, moba.PHASES
     ATTENTION = staticmethod(moba.moba_attention)
 
     @property
+    def windows(self) -> tuple[int, int]:
+        return self.config.block_size, self.config.block_size
+
+    @property
     def budget(self) -> Budget:
         return Budget(self.config.block_size, self.config.top_k, local_blocks=1)
 
 
-class InfLLM2Room(PlainRoom):
+class InfLLM2Room(MeansRoom):
     """Blocks by their pooled keys, for every KV head; dense while a sequence is short."""
 
     NAME, CONFIG, PHASES = "infllm2", infllm2.InfLLM2Config, infllm2.PHASES
     ATTENTION = staticmethod(infllm2.infllm2_attention)
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        return self.config.kernel, self.config.stride
 
     def check_context(self) -> None:
         """Raises ValueError: a part of a sequence is shorter than the sequence."""
