@@ -227,5 +227,16 @@ def _finish(trainer: MSATrainer, tokenizer, folder: Path):
 
     trainer.processes.first_does(write)
     if shared is None:
-        return model
+        return _without_autocast(model)
     return AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def _without_autocast(model):
+    """The model as it was: accelerate puts autocast around its forward, and leaves it there."""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile
+    original = vars(inner).pop("_original_forward", None)
+    if original is not None:
+        del inner.forward
+        if inner.forward != original:  # it had a forward of its own before
+            inner.forward = original
+    return model

@@ -240,3 +240,17 @@ def test_a_loss_that_explodes_ends_the_run_with_an_error(source, tmp_path):
     recipe = tiny_recipe(source, phases=(phase,), log_every=1)
     with pytest.raises(ValueError, match="lower learning_rate"):
         run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_comes_back_computes_as_what_was_saved(source, tmp_path, sparse):
+    """The autocast of the training is not left on it."""
+    phases = (Phase("one", "sparse" if sparse else "dense", steps=1, seq_len=64, batch_size=1),)
+    recipe = tiny_recipe(source, phases=phases, precision="bf16")
+    made = train(recipe, model=tiny_model(sparse), tokenizer=byte_tokenizer(), out=tmp_path / "run")
+    loaded = Qwen3ForCausalLM if not sparse else type(made)
+    loaded = loaded.from_pretrained(tmp_path / "run" / "0-one" / "model")
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.equal(made.eval()(ids).logits, loaded(ids).logits)
+    assert "forward" not in vars(made)
