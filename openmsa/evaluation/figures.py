@@ -247,16 +247,14 @@ def _smoothed_line(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
 def _room_below_one(log: Sequence[Mapping], measures: Sequence[str]) -> tuple[float, float]:
     """Limits of an axis that ends at 1 and begins a little below the lowest value shown."""
     keys = [key for name in measures for key in _layer_keys(log, f"{name}/")]
-    lowest = min(value for key in keys for _, value in _series(log, key))
-    return max(0.0, lowest - 0.05), 1.0
+    return max(0.0, min(v for key in keys for _, v in _series(log, key)) - 0.05), 1.0
 
 
 def log_scale(ax: Axes, which: str = "y") -> None:
     """A logarithmic axis ("x" or "y") with plain numbers at 1, 2 and 5."""
     axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
     ax.set(**{f"{which}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
