@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from openmsa.evaluation import canvas, figures, maps
 from openmsa.evaluation.comparison import Comparison, Contender
@@ -38,12 +39,21 @@ def quality_against_speed(comparison: Comparison) -> Figure | None:
             ax.set_xlabel(f"ms per generated token at {at} tokens")
             figures.log_scale(ax, "x")
             ax.margins(x=0.22, y=0.15)
+            ax.xaxis.set_major_locator(LogLocator(subs=_steps(*ax.get_xlim())))
         axes[0].set_title(f"Perplexity against {comparison.contenders[0].mechanism} (%)")
         if asked:
             longest = max(shown[0].evidence.retrieval.context_tokens)
             axes[1].set_title(f"Right answers at {longest:,} tokens")
             axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
+
+
+def _steps(low: float, high: float) -> tuple[float, ...]:
+    """Ticks within a decade: more on an axis that is shorter than one."""
+    decades = math.log10(high / low)
+    if decades < 1:
+        return (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    return (1, 2, 5) if decades < 3 else (1,)
 
 
 def _right(result: RetrievalResult) -> tuple[float, tuple[float, float]]:

@@ -18,6 +18,7 @@ from openmsa.evaluation.evidence import ModelEvidence
 from openmsa.evaluation.headers import FACTS, MECHANISMS, facts_of, title_of
 from openmsa.evaluation.plain import read_json, write_json
 from openmsa.evaluation.retrieval import RetrievalPlan
+from openmsa.inference.timing import DecodeTime
 from openmsa.training.byte_tokenizer import byte_tokenizer
 from tests.evaluation import made_up
 from tests.hf.mechanisms import SMALL
@@ -79,6 +80,21 @@ def test_every_figure_is_drawn_where_there_is_something_to_draw(comparison):
     assert {row["metric"] for row in rows(only)} == {
         "loss", "perplexity", "cache", "added parameters", "training tokens",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("slowest", [1.7, 4, 40, 4000])
+def test_speed_can_be_read_off_its_axis(comparison, slowest):
+    """Whatever lies between the fastest and the slowest, some ticks do, and not too many."""
+    found = []
+    for number, one in enumerate(comparison.contenders[:3]):
+        milliseconds = 7.3 * slowest ** (number / 2)
+        time = DecodeTime(1024, milliseconds, milliseconds, 16)
+        found.append(replace(one, evidence=replace(one.evidence, decode=(time,))))
+    figure = comparison_figures.quality_against_speed(replace(comparison, contenders=(*found,)))
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        low, high = ax.get_xlim()
+        assert 3 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 14
 
 
 def test_the_page_shows_every_header(comparison):
