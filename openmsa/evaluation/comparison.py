@@ -158,10 +158,14 @@ def _added(model) -> int:
     return sum(parameter.numel() for _, parameter in hf.added_parameters(model))
 
 
+ROWS = ("keys", "values", "index_keys")
+
+
 def _cache_bytes(model) -> int:
-    """What one more token adds to the cache, counted on a cache of one token and one of two."""
+    """What one more token adds to the cache, what is pooled of whole windows included."""
     sizes = [_held(filled_cache(model, tokens)) for tokens in (2, 1)]
-    return sizes[0] - sizes[1]
+    layers = model.msa_attentions() if hf.is_converted(model) else []
+    return round(sizes[0] - sizes[1] + sum(_pooled_bytes(attention) for attention in layers))
 
 
 def _held(cache) -> int:
@@ -169,7 +173,17 @@ def _held(cache) -> int:
     return sum(x.numel() * x.element_size() for x in rows if x is not None)
 
 
-ROWS = ("keys", "values", "index_keys")
+@torch.no_grad()
+def _pooled_bytes(attention) -> float:
+    """Of a layer's cache and per token: a window takes its place once every stride tokens."""
+    room = attention.msa_room
+    if room.windows is None or attention.msa_phase == "dense":
+        return 0.0
+    kernel, stride = room.windows
+    k = attention.k_proj.weight.new_zeros(1, kernel, attention.k_proj.out_features)
+    k = k.unflatten(-1, (-1, attention.head_dim))
+    rows = room.pool(attention, {"k": k, "v": k}).values()
+    return sum(x.numel() * x.element_size() for x in rows) / stride
 
 
 def _map(model, sequences, autocast_dtype) -> SelectionMap | None:

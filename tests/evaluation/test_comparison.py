@@ -57,6 +57,14 @@ def test_rows_hold_every_number_once(comparison):
     assert value_of(comparison, "msa", "loss", 1024)["unit"] == "nats"
 
 
+def test_a_cache_is_counted_with_what_is_pooled_of_windows():
+    keys = 3 * 2 * 16 * 4  # of one token: layers, KV heads, channels, bytes
+    for name, pooled in (("moba", keys), ("infllm2", keys), ("nsa", 2 * keys), ("window", 0)):
+        model = hf.convert(tiny_model(num_hidden_layers=3), SMALL[name])
+        _, stride = hf.room_of(model).windows or (0, 1)
+        assert comparison_module._cache_bytes(model) == round(2 * keys + pooled / stride)
+
+
 def test_csv_has_the_rows_and_how_they_came_to_be(comparison):
     read = list(csv.DictReader(as_csv(comparison, STAMP).splitlines()))
     assert len(read) == len(rows(comparison))
