@@ -8,6 +8,7 @@ the same queries, keys, values and hidden states: theirs as `MiniMaxM3VLAttentio
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,14 +96,19 @@ def compare(
 
 
 def in_a_process(job: dict, module: str = "openmsa.accounting.m3") -> dict:
-    """What `run_side` of `module` leaves, run on `job` in a process of its own."""
+    """What `run_side` of `module` leaves, run on `job` in a process of its own.
+
+    Raises MemoryError where the system killed it, RuntimeError with its last line where it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "told"
         command = [sys.executable, "-m", module]
         command.append(json.dumps({**job, "told": str(told)}))
         done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == -signal.SIGKILL:
+            raise MemoryError(f"the {job['side']} side was killed: out of memory")
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise RuntimeError(f"the {job['side']} side of the comparison failed: {reason}")
         return torch.load(told)
 

@@ -39,8 +39,8 @@ def measure(
 ) -> Found:
     """Run one side of one part in a process of its own.
 
-    chunk: tokens per forward of a prompt, 0 for all at once. Raises RuntimeError with the process's
-    last line if it fails.
+    chunk: tokens per forward of a prompt, 0 for all at once. Raises MemoryError if the process was
+    killed, RuntimeError with its last line if it failed.
     """
     job = {
         "side": side,

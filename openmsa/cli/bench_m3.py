@@ -67,7 +67,12 @@ def _point(run: Run, shape: Shape, part: str, tokens: int) -> Iterator[Row]:
     ours = _measure(run, "openmsa", part, smaller, tokens)
     note = f"both on {fitting} of {shape.g} groups" if fitting < shape.g else ""
     for side in ("sdpa", "eager"):
-        theirs = _measure(run, side, part, smaller, tokens)
+        try:
+            theirs = _measure(run, side, part, smaller, tokens)
+        except MemoryError as error:
+            say(f"{_name(part, tokens, smaller)}: {error}")
+            yield from _rows(run, smaller, part, tokens, ours, f"{note}; {error}".strip("; "))
+            continue
         yield from _rows(run, smaller, part, tokens, ours, note, side, theirs)
 
 

@@ -78,3 +78,19 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path, measured, monkeypatch,
         "peak above model and inputs",
     }
     assert "training, 64, 8/2 heads left out: it needs about" in capsys.readouterr().err
+
+
+def test_a_side_that_is_killed_is_a_note_and_the_rest_goes_on(tmp_path, measured, monkeypatch):
+    pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
+    whole = m3_layer.measure
+
+    def killed(side, *rest, **more):
+        if side == "eager":
+            raise MemoryError("the eager side was killed: out of memory")
+        return whole(side, *rest, **more)
+
+    monkeypatch.setattr(m3_layer, "measure", killed)
+    assert main([*COMMAND, str(tmp_path)]) == 0
+    rows = read(tmp_path / "cpu_m3.csv")
+    assert sum("eager side was killed" in row["note"] for row in rows) == 6
+    assert not any("eager" in row["rival"] for row in rows)
