@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from openmsa.cli.console import say
@@ -50,6 +51,15 @@ def run(arguments: argparse.Namespace) -> None:
     check_space(arguments.out, SPACE * len(wanted) * len(starts))
     from openmsa.cli.compare_steps import run_comparison
 
+    how = {"quick": arguments.quick, "command": _command(arguments, wanted)}
     for start in starts:
         out = arguments.out / start if arguments.start == "both" else arguments.out
-        say(f"open {run_comparison(out, wanted, start=start, quick=arguments.quick)}")
+        say(f"open {run_comparison(out, wanted, start=start, **how)}")
+
+
+def _command(arguments: argparse.Namespace, wanted: list[str]) -> str:
+    """What makes the same comparison again."""
+    words = ["openmsa", "compare", "--start", arguments.start, "--out", str(arguments.out)]
+    words += ["--quick"] if arguments.quick else []
+    words += [] if wanted == list(MECHANISMS) else ["--mechanism", *wanted]
+    return shlex.join(words)

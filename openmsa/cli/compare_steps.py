@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -37,15 +35,18 @@ TOLD = {
 }
 
 
-def run_comparison(out: Path, mechanisms: list[str], *, start: str, quick: bool) -> Path:
+def run_comparison(
+    out: Path, mechanisms: list[str], *, start: str, quick: bool, command: str
+) -> Path:
     """Run what is missing of the comparison in the folder `out`; returns the path of its page.
+
+    command: what was typed, for the page and the csv.
 
     Raises UsageError if `out` holds another comparison or something else.
     """
     comparing = _Comparing(out, PLANS[start, quick])
     comparing.claim()
     contenders = comparing.contenders(mechanisms)
-    command = " ".join(["openmsa", *map(shlex.quote, sys.argv[1:])])
     comparison = Comparison(
         title="Sparse attention, side by side",
         start=f"{TOLD[start]}; a query reads {BUDGET} tokens.",
