@@ -1,13 +1,15 @@
 """What a frozen index costs: a tiny MiniMax-M3 fine-tuned with and without its index learning.
 
 The task is to look up. A context of filler holds pairs, each one token that says "item i has value
-v"; after it, questions "what has item i?" are answered. The model learns to answer questions in one
-vocabulary, its index with it, and is then fine-tuned on questions in another one, three times from
+v"; after it, questions "what has item i?" are answered. The model learns this in one vocabulary,
+its index with it, and is then fine-tuned on pairs and questions in another one, four times from
 the same weights: with the index frozen, as transformers leaves it; with the index learning from its
-KL; and with full attention, the most that could be had.
+KL on the blocks it selects; with half of the steps under full attention first, where it learns from
+all blocks (a warm-up); and with full attention, the most that could be had. All of it once for
+every seed, and the same number of steps in every way.
 
-    python examples/m3_frozen_index.py                          about ten minutes on two cores
-    python examples/m3_frozen_index.py --steps 250 --tokens 96  about two
+    python examples/m3_frozen_index.py             five minutes on two cores
+    python examples/m3_frozen_index.py --seeds 1   less than two
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM, MiniMaxM3VLTextConfig
@@ -25,12 +29,13 @@ from openmsa import hf
 from openmsa.accounting.rows import common
 
 ITEMS, VALUES, FILLER = 16, 8, 16
-PAIRS = 0
-QUESTIONS = (ITEMS * VALUES, ITEMS * VALUES + ITEMS)  # one vocabulary of questions after the other
+PAIRS = (0, ITEMS * VALUES)  # one vocabulary after the other
+QUESTIONS = (2 * ITEMS * VALUES, 2 * ITEMS * VALUES + ITEMS)
 ANSWERS = QUESTIONS[1] + ITEMS
+MEASURED = 128  # contexts of new pairs, with a question on each pair
 FILLERS = ANSWERS + VALUES
 VOCABULARY = FILLERS + FILLER
-WAYS = ("frozen index", "trained index", "full attention")
+WAYS = ("frozen index", "trained index", "warmed index", "full attention")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Lookup:
 
     tokens: int
     batch: int
+    pairs: int
     questions: int
 
     def draw(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +54,7 @@ class Lookup:
         context = FILLERS + torch.randint(FILLER, (self.batch, self.tokens), generator=made)
         values = torch.randint(VALUES, (self.batch, ITEMS), generator=made)
         places = torch.stack([torch.randperm(self.tokens, generator=made)[:ITEMS] for _ in rows])
-        context.scatter_(1, places, PAIRS + torch.arange(ITEMS) * VALUES + values)
+        context.scatter_(1, places, self.pairs + torch.arange(ITEMS) * VALUES + values)
         order = torch.stack([torch.randperm(ITEMS, generator=made) for _ in rows])
         told = torch.stack([self.questions + order, ANSWERS + values.gather(1, order)], 2).flatten(
             1
@@ -58,7 +64,7 @@ class Lookup:
         return torch.cat([context, told], 1), labels
 
 
-def tiny_m3(tokens: int) -> MiniMaxM3VLForCausalLM:
+def tiny_m3(tokens: int, seed: int) -> MiniMaxM3VLForCausalLM:
     """Two sparse layers that read 3 blocks of 8 tokens."""
     config = MiniMaxM3VLTextConfig(
         vocab_size=VOCABULARY,
@@ -84,7 +90,7 @@ def tiny_m3(tokens: int) -> MiniMaxM3VLForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return hf.enable(MiniMaxM3VLForCausalLM(config))
 
 
@@ -108,7 +114,7 @@ def train(model, task: Lookup, phase: str, steps: int, seed: int, index_loss_wei
 def measure(model, task: Lookup) -> dict[str, float]:
     """Share of right answers, loss per answer, and how often a question's blocks hold its pair."""
     model.eval()
-    ids, labels = task.draw(10**6)
+    ids, labels = replace(task, batch=MEASURED).draw(10**6)
     with hf.capture_attention(model) as calls:
         out = model(ids, labels=labels, use_cache=False)
     asked = labels[:, 1:] != -100
@@ -123,51 +129,78 @@ def _found(selection, ids: torch.Tensor, task: Lookup) -> torch.Tensor:
     """The share of questions and groups whose selected blocks hold the pair that answers."""
     blocks = selection.blocks[:, :, task.tokens :: 2]  # [b, g, questions, k]
     item = ids[:, task.tokens :: 2] - task.questions
-    pair = PAIRS + item * VALUES + ids[:, task.tokens + 1 :: 2] - ANSWERS
+    pair = task.pairs + item * VALUES + ids[:, task.tokens + 1 :: 2] - ANSWERS
     place = (ids[:, None, : task.tokens] == pair[..., None]).int().argmax(-1)
     return (blocks == (place // selection.block_size)[:, None, :, None]).any(-1).float().mean()
 
 
-def fine_tuned(model, way: str, task: Lookup, steps: int) -> dict[str, float]:
+def fine_tuned(model, way: str, task: Lookup, steps: int, seed: int) -> dict[str, float]:
     """`model` stays as it is; what its copy knows after fine-tuning in one of the ways."""
     made = copy.deepcopy(model)
     if way == "frozen index":
         for _, parameter in hf.index_parameters(made):
             parameter.requires_grad_(False)
-    phase = "dense" if way == "full attention" else "sparse"
-    return measure(train(made, task, phase, steps, seed=2), task)
+    phases = {"warmed index": ("warmup", "sparse"), "full attention": ("dense",)}
+    phases = phases.get(way, ("sparse",))
+    for number, phase in enumerate(phases):
+        train(made, task, phase, steps // len(phases), seed=100 * seed + 10 + number)
+    return measure(made, task)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each of the three parts")
-    parser.add_argument("--tokens", type=int, default=256, help="of context")
+    parser.add_argument("--steps", type=int, default=250, help="of each of the three parts")
+    parser.add_argument("--tokens", type=int, default=96, help="of context")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3, help="models, from the first step on")
     parser.add_argument("--out", type=Path, help="a csv that rows are added to")
     given = parser.parse_args()
-    before, after = (Lookup(given.tokens, given.batch, questions) for questions in QUESTIONS)
-
-    model = train(tiny_m3(given.tokens), before, "warmup", given.steps, seed=0)
-    model = train(model, before, "sparse", given.steps, seed=1)
-    rows = [("before", "questions it has learned", measure(model, before))]
-    for way in WAYS:
-        print(f"fine-tuning: {way}", flush=True)
-        rows.append((way, "new questions", fine_tuned(model, way, after, given.steps)))
-    for name, task, found in rows:
-        numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-        print(f"{name:15} {task:25} {numbers}")
+    every: dict[str, list[dict]] = {}
+    for seed in range(given.seeds):
+        for name, found in one_model(given, seed):
+            every.setdefault(name, []).append(found)
+    for name, found in every.items():
+        means = {key: [one[key] for one in found] for key in found[0]}
+        numbers = (f"{key} {_spread(values)}" for key, values in means.items())
+        print(f"{name:15} {', '.join(numbers)}")
     if given.out is not None:
-        write(given, rows)
+        write(given, every)
 
 
-def write(given: argparse.Namespace, rows: list[tuple[str, str, dict]]) -> None:
-    """One row of the csv for every number."""
-    shared = common(f"python examples/m3_frozen_index.py --steps {given.steps}")
+def one_model(given: argparse.Namespace, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """What one model knows of what it learned, and of the new vocabulary after each way."""
+    before, after = (
+        Lookup(given.tokens, given.batch, *vocabulary)
+        for vocabulary in zip(PAIRS, QUESTIONS, strict=True)
+    )
+    model = train(tiny_m3(given.tokens, seed), before, "warmup", given.steps, seed=100 * seed)
+    model = train(model, before, "sparse", given.steps, seed=100 * seed + 1)
+    yield "before", measure(model, before)
+    for way in WAYS:
+        print(f"model {seed + 1} of {given.seeds}, fine-tuning: {way}", flush=True)
+        yield way, fine_tuned(model, way, after, given.steps, seed)
+
+
+def _spread(values: list[float]) -> str:
+    """The mean and, of several, its standard error."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{error}"
+
+
+def write(given: argparse.Namespace, every: dict[str, list[dict]]) -> None:
+    """One row of the csv for every number of every model."""
+    asked = f"--steps {given.steps} --tokens {given.tokens} --seeds {given.seeds}"
+    shared = common(f"python examples/m3_frozen_index.py {asked}")
     lines = [
-        {"what": name, "shape": f"{given.tokens} tokens, {given.steps} steps", "data": task}
-        | {"metric": key, "value": f"{value:.6g}", **shared}
-        for name, task, found in rows
-        for key, value in found.items()
+        {
+            "what": name,
+            "shape": f"{given.tokens} tokens, {given.steps} steps",
+            "data": task_of(name),
+        }
+        | {"seed": seed, "metric": key, "value": f"{value:.6g}", **shared}
+        for name, found in every.items()
+        for seed, one in enumerate(found)
+        for key, value in one.items()
     ]
     new = not given.out.exists()
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +209,11 @@ def write(given: argparse.Namespace, rows: list[tuple[str, str, dict]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(lines)
+
+
+def task_of(name: str) -> str:
+    """Which vocabulary the questions of a row are in."""
+    return "the vocabulary it has learned" if name == "before" else "the new vocabulary"
 
 
 if __name__ == "__main__":
