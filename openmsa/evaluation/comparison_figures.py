@@ -25,15 +25,17 @@ def quality_against_speed(comparison: Comparison) -> Figure | None:
     changes = comparison.changes()
     with canvas.style():
         figure, axes = canvas.panels(1, 1 + asked, height_inches=3.3)
+        ends: list[list] = [[] for _ in axes]
         for number, contender in enumerate(comparison.contenders):
             if contender not in shown:
                 continue
             change = changes.get(contender.mechanism)
             value = 100 * change.perplexity_change if change else 0.0
             error = 100 * (change.perplexity_change_stderr or 0) if change else 0.0
-            _point(axes[0], contender, number, value, (error, error))
+            ends[0].append(_point(axes[0], contender, number, value, (error, error)))
             if asked:
-                _point(axes[1], contender, number, *_right(contender.evidence.retrieval))
+                right = _right(contender.evidence.retrieval)
+                ends[1].append(_point(axes[1], contender, number, *right))
         at = figures.tokens_text(max(t.context_tokens for t in shown[0].evidence.decode))
         for ax in axes:
             ax.set_xlabel(f"ms per generated token at {at} tokens")
@@ -45,6 +47,8 @@ def quality_against_speed(comparison: Comparison) -> Figure | None:
             longest = max(shown[0].evidence.retrieval.context_tokens)
             axes[1].set_title(f"Right answers at {longest:,} tokens")
             axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for ax, names in zip(axes, ends, strict=True):
+            canvas.label_ends(ax, names)
     return figure
 
 
@@ -65,19 +69,13 @@ def _right(result: RetrievalResult) -> tuple[float, tuple[float, float]]:
     return share, (max(0.0, share - low), max(0.0, high - share))
 
 
-def _point(ax: Axes, contender: Contender, number: int, value: float, error) -> None:
+def _point(ax: Axes, contender: Contender, number: int, value: float, error) -> tuple:
+    """Draw it with its bars; what `canvas.label_ends` has to write comes back."""
     time = max(contender.evidence.decode, key=lambda t: t.context_tokens).median_ms
     colour, marker = canvas.colour_of(number), canvas.MARKERS[number % len(canvas.MARKERS)]
     bars = [[error[0]], [error[1]]]
     ax.errorbar([time], [value], yerr=bars, color=colour, marker=marker, elinewidth=1, capsize=2)
-    ax.annotate(
-        contender.mechanism,
-        (time, value),
-        xytext=(6, 4),
-        textcoords="offset points",
-        color=colour,
-        fontsize=8.5,
-    )
+    return time, value, contender.mechanism, colour
 
 
 def times(comparison: Comparison) -> Figure | None:

@@ -16,6 +16,7 @@ from openmsa.evaluation.inspection import SelectionMap
 from openmsa.evaluation.retrieval import RetrievalResult
 
 SEQUENTIAL = "cividis"  # made for colour-blind readers, and readable without colour
+WIDE = 4  # models beside each other with room for words under each
 MAPS_PER_ROW = 4  # as many as are large enough to read at report width
 
 
@@ -38,12 +39,13 @@ def needle_maps(results: Mapping[str, RetrievalResult]) -> Figure:
         for place, ax in enumerate(axes):
             task = first.tasks[place // len(results)]
             name = list(results)[place % len(results)]
-            image = _needle_map(ax, results[name], task)
+            image = _needle_map(ax, results[name], task, 7.5 if len(results) <= WIDE else 5.5)
             if place < len(results):
                 ax.set_title(name)
             if place % len(results) == 0:
                 ax.set_ylabel(f"{task.replace('_', ' ')}\ndepth")
-        for ax in axes[-len(results) :]:
+        last = axes[-len(results) :]
+        for ax in last if len(results) <= WIDE else [last[len(last) // 2]]:
             ax.set_xlabel("context (tokens)")
         bar = figure.colorbar(image, ax=axes, fraction=0.025, aspect=40)
         bar.set_label(f"right answers of {first.total} per cell")
@@ -135,15 +137,20 @@ def _selection_map(ax: Axes, maps: SelectionMap, layer: int, group: int):
     return image
 
 
-def _needle_map(ax: Axes, result: RetrievalResult, task: str):
+def _needle_map(ax: Axes, result: RetrievalResult, task: str, size: float):
     values = np.array(result.correct[task]).T / result.total  # [depth, length]
     image = ax.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
     ax.grid(False)
-    ax.set_xticks(range(len(result.context_tokens)), map(tokens_text, result.context_tokens))
+    ticks = {"fontsize": size + 1}
+    ax.set_xticks(
+        range(len(result.context_tokens)), map(tokens_text, result.context_tokens), **ticks
+    )
     ax.set_yticks(range(len(result.depths)), [f"{depth:.0%}" for depth in result.depths])
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     for (depth, length), value in np.ndenumerate(values):
         colour = "#000000" if value > 0.55 else "#ffffff"
-        ax.text(length, depth, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7.5)
+        ax.text(
+            length, depth, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=size
+        )
     return image
