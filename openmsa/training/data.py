@@ -12,6 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -156,8 +157,16 @@ def encoder(tokenizer):
 
 
 def token_row(documents: Sequence[str], tokenizer) -> Tensor:
-    """All documents as one row of tokens, int32 [n], an end-of-text token after each."""
-    encode, end = encoder(tokenizer), tokenizer.eos_token_id
+    """All documents as one row of tokens, int32 [n], an end-of-text token after each.
+
+    The last two rows are kept, since every phase of a run asks for the same one: not to be written.
+    """
+    return _token_row(tuple(documents), tokenizer, tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=2)
+def _token_row(documents: tuple[str, ...], tokenizer, end: int | None) -> Tensor:
+    encode = encoder(tokenizer)
     rows: list[Tensor] = []
     for text in documents:
         ids = encode(text) + ([] if end is None else [end])
