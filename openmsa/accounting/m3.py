@@ -140,7 +140,7 @@ def run_side(job: dict) -> None:
         result.update(call(module, hidden, x, job))
 
     with torch.no_grad(), _instruction_set(job):
-        forget_peak()
+        machine.forget_peak()
         before = machine.resident_bytes()
         times = timed(once, seconds=job["seconds"])
         peak = machine.peak_bytes() - before
@@ -217,14 +217,6 @@ def _instruction_set(job: dict):
     from openmsa import native
 
     return native.instruction_set(job["instruction_set"])
-
-
-def forget_peak() -> None:
-    """Let the peak count from now on, where Linux allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def run_side(job: dict) -> None:
     model = _model(job["side"], shape, tokens, job["hidden"])
     prepared = {"forward": _forward, "training": _training, "decode": _decode}[job["part"]]
     once = prepared(model, tokens, job["chunk"])
-    m3.forget_peak()
+    machine.forget_peak()
     before = machine.resident_bytes()
     out: list[torch.Tensor] = []
 

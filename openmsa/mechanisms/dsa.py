@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from openmsa.ops import checks
 from openmsa.ops.dense_attention import dense_attention
 from openmsa.ops.sparse_attention import sparse_attention
 from openmsa.ops.token_selection import select_tokens, token_index_loss
@@ -43,26 +44,8 @@ class DSAConfig:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        _whole("top_k", self.top_k, 1)
-        _whole("index_heads", self.index_heads, 1)
-        _whole("d_index", self.d_index, 1)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
-
-
-def _whole(name: str, number: int, least: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
-
-
-def _layers(layers) -> tuple[int, ...]:
-    if isinstance(layers, (str, int)):
-        raise ValueError(f"layers must be a list of layer numbers or None, got {layers!r}")
-    for layer in layers:
-        _whole("layers", layer, 0)
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"layers must name each layer once, got {tuple(layers)}")
-    return tuple(sorted(layers))
+        checks.positive(top_k=self.top_k, index_heads=self.index_heads, d_index=self.d_index)
+        object.__setattr__(self, "layers", checks.layers(self.layers))
 
 
 REMEMBERS = ("k", "v", "k_index")
